@@ -1,0 +1,282 @@
+"""Photos as Lightning wants them: batches of uint8 images, the same for the same seed whatever the number of workers."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from vision_attn.data.sources import SPLITS, ImageSet, ImageSource, open_source
+from vision_attn.data.transforms import (
+    TransformSpec,
+    build_pipeline,
+    eval_transforms,
+    image_hw,
+    train_transforms,
+)
+from vision_attn.errors import UsageError
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""uint8 images (B, 3, H, W), int64 labels (B,), int64 indices into the split (B,)."""
+
+
+class ImageDataset(Dataset):
+    """Photos of one split, through a pipeline.
+
+    Items are (photo as uint8 (H, W, 3), label, index). A key is an index, or (epoch, index): every photo's augmentation is drawn from (seed, epoch, index) alone, so that it
+    depends neither on the number of workers nor on what was read before.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        transforms: Sequence[TransformSpec],
+        *,
+        image_size: tuple[int, int],
+        seed: int = 0,
+        min_size: int | None = None,
+    ) -> None:
+        self.images = images
+        self.image_size = image_size
+        self.seed = seed
+        self.min_size = min_size
+        self.pipeline = build_pipeline(transforms)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image = self.images.read(index, min_size=self.min_size)
+        self.pipeline.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
+        out = self.pipeline(image=image)["image"]
+        if out.shape[:2] != self.image_size:
+            raise UsageError(
+                f"expected transforms that leave {self.image_size[0]} x {self.image_size[1]} pixels, got {out.shape[0]} x "
+                f"{out.shape[1]} from {self.images.name(index)}: end with a crop, a pad or a Resize to data.image_size"
+            )
+        return torch.from_numpy(out), int(self.images.labels[index]), index
+
+
+def collate(items: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    """Returns photos (H, W, 3) with labels and indices as a batch, its images (B, 3, H, W) in channels-last memory."""
+    images, labels, indices = default_collate(items)
+    return images.permute(0, 3, 1, 2), labels, indices
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) in an order drawn from (seed, epoch); Lightning tells it the epoch."""
+
+    def __init__(self, length: int, *, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of `epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return iter([(self.epoch, int(index)) for index in order])
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Training, validation and test photos.
+
+    Args:
+        source: "folder", "shapes" or "torchvision:<DataSet>" (such as torchvision:CIFAR10).
+        path: The folder with the photos: `train`, `val` (or `validation`) and `test` with a folder for each class, or one
+            folder of class folders, which is split. For torchvision, where its files are or are put.
+        options: What the source takes besides (for shapes: size, train, validation, test).
+        image_size: The model's input in pixels, one number or [height, width].
+        batch_size: Photos a training step.
+        eval_batch_size: Photos a batch in validation, test and prediction; `batch_size` where left out.
+        train_transforms: Albumentations pipeline, a list of `Name` or `Name: {option: value}`; where left out, a random
+            resized crop, a flip and a little colour.
+        eval_transforms: The same for validation, test and the artefact; where left out, made from the next three.
+        resize_mode: "crop" (the centre), "pad" (letterbox) or "squash".
+        crop_pct: The share of the resized photo's side that the centre crop keeps.
+        interpolation: nearest, bilinear, bicubic, area or lanczos, for enlarging; reducing averages areas.
+        validation_share: The share of training photos set aside, class by class, where there are no validation photos.
+        test_share: The same for test photos.
+        seed: Of the split, the order, and the augmentation.
+        num_workers: Processes that read photos; as many as there are cores (8 at most) where left out. 0 reads in the
+            training process.
+        check: What is looked at in every photo before the run: "frame" (header and end marker, about 0.2 ms a photo),
+            "decode" (everything), or "off".
+        damaged: What a damaged photo does: "error" ends before the run starts, "skip" goes on without it and says how many.
+        reduced_decode: Decode large JPEGs at 1/2, 1/4 or 1/8 for training, where twice the image size is left.
+
+    Raises:
+        UsageError: an argument or the photos cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: str = "folder",
+        path: str | None = None,
+        options: dict[str, Any] | None = None,
+        image_size: int | list[int] = 224,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        train_transforms: list[Any] | None = None,
+        eval_transforms: list[Any] | None = None,
+        resize_mode: Literal["crop", "pad", "squash"] = "crop",
+        crop_pct: float = 0.875,
+        interpolation: Literal["nearest", "bilinear", "bicubic", "area", "lanczos"] = "bicubic",
+        validation_share: float = 0.15,
+        test_share: float = 0.0,
+        seed: int = 0,
+        num_workers: int | None = None,
+        check: Literal["frame", "decode", "off"] = "frame",
+        damaged: Literal["error", "skip"] = "error",
+        reduced_decode: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_hw(image_size)
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
+            if value < 1:
+                raise UsageError(f"expected data.{name} of at least 1, got {value}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.train_specs: list[TransformSpec] = train_transforms or _default_train(self.image_size)
+        self.eval_specs: list[TransformSpec] = eval_transforms or _default_eval(
+            self.image_size, resize_mode=resize_mode, crop_pct=crop_pct, interpolation=interpolation
+        )
+        for specs in (self.train_specs, self.eval_specs):
+            build_pipeline(specs)
+        self.seed = seed
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.check_mode = check
+        self.damaged = damaged
+        self.min_size = 2 * max(self.image_size) if reduced_decode else None
+        self.source = open_source(
+            source, path, seed=seed, validation_share=validation_share, test_share=test_share, options=options
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of their labels."""
+        return self.source.classes
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    @property
+    def splits(self) -> Mapping[str, ImageSet]:
+        """The photos of "train", "validation" and "test", as far as there are any."""
+        return self.source.splits
+
+    def check(self) -> int:
+        """Looks at every photo once, as `check` and `damaged` say.
+
+        Returns:
+            How many damaged photos were left out.
+
+        Raises:
+            UsageError: there are damaged photos and they are not to be skipped, or a split is left without any.
+        """
+        if self.check_mode == "off":
+            return 0
+        kept: dict[str, ImageSet] = {}
+        skipped = 0
+        for split, images in self.splits.items():
+            damage = find_all_damage(images, decode=self.check_mode == "decode")
+            if damage and self.damaged == "error":
+                first = next(iter(damage.values()))
+                more = f" (and {len(damage) - 1} more in {split})" if len(damage) > 1 else ""
+                raise UsageError(f"{first}{more}, or set data.damaged to skip")
+            if damage:
+                skipped += len(damage)
+                rank_zero_info(f"{len(damage)} damaged photos of {split} are skipped: {_some(damage, images)}")
+                good = np.setdiff1d(np.arange(len(images)), list(damage))
+                if len(good) == 0:
+                    raise UsageError(f"expected photos in {split}, got only damaged ones, such as {_some(damage, images)}")
+                images = images.subset(good)
+            kept[split] = images
+        self.source = ImageSource(self.classes, kept)
+        return skipped
+
+    def train_dataloader(self) -> DataLoader:
+        """Returns the training batches, shuffled and augmented anew each epoch; the last incomplete one is left out."""
+        images = self._split("train")
+        if len(images) < self.batch_size:
+            raise UsageError(
+                f"expected at least one batch of {self.batch_size} training photos, got {len(images)}: lower data.batch_size"
+            )
+        dataset = ImageDataset(
+            images, self.train_specs, image_size=self.image_size, seed=self.seed, min_size=self.min_size
+        )
+        sampler = EpochSampler(len(images), seed=self.seed)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Returns the validation batches, in order."""
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """Returns the test batches, in order."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Returns the batches to predict: the test photos, or the validation photos where there are none."""
+        return self._eval_loader("test" if "test" in self.splits else "validation")
+
+    def _split(self, split: str) -> ImageSet:
+        assert split in SPLITS
+        if split not in self.splits:
+            raise UsageError(
+                f"expected {split} photos, got none: add a folder '{split}' or set data.{split}_share above 0"
+            )
+        return self.splits[split]
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        dataset = ImageDataset(self._split(split), self.eval_specs, image_size=self.image_size, seed=self.seed)
+        return self._loader(dataset, batch_size=self.eval_batch_size)
+
+    def _loader(self, dataset: ImageDataset, **options: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker if self.num_workers else None,
+            **options,
+        )
+
+
+def find_all_damage(images: ImageSet, *, decode: bool = False) -> dict[int, str]:
+    """Returns what is wrong, by index, with those photos of a split that are damaged."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda index: images.find_damage(index, decode=decode), range(len(images)), chunksize=64)
+        return {index: damage for index, damage in enumerate(found) if damage}
+
+
+def _some(damage: Mapping[int, str], images: ImageSet) -> str:
+    names = [images.name(index) for index in list(damage)[:3]]
+    return ", ".join(names) + ("" if len(damage) <= 3 else f" and {len(damage) - 3} more")
+
+
+def _start_worker(worker_id: int) -> None:
+    # A worker is one process of many: threads of its own would only get in the others' way.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+# The data module's arguments shadow the functions of the same names.
+_default_train = train_transforms
+_default_eval = eval_transforms

@@ -1,0 +1,323 @@
+"""`vision-attn fit|validate|test|predict`: LightningCLI over our classifier and our data, with one folder for each run."""
+
+import csv
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+
+from vision_attn.data.datamodule import ImageDataModule
+from vision_attn.errors import UsageError
+from vision_attn.metrics.intervals import wilson_interval
+from vision_attn.registry import close_names
+from vision_attn.training.callbacks import EpochLines, RunPlots
+from vision_attn.training.module import Classifier
+from vision_attn.viz.plots import confusion_matrix
+
+COMMANDS = ("fit", "validate", "test", "predict")
+BEST = Path("checkpoints", "best.ckpt")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that has ended.
+
+    Attributes:
+        run_dir: The run's folder.
+        classifier: After `fit` with the best weights of the run, in evaluation mode.
+        data: The photos.
+        metrics: The best epoch's metrics after `fit`, else those of the command.
+    """
+
+    run_dir: Path
+    classifier: Classifier
+    data: ImageDataModule
+    metrics: dict[str, float]
+
+
+def run(command: str, arguments: Sequence[str]) -> Run:
+    """Carries out one of `COMMANDS` with the arguments of the command line, and returns what came of it.
+
+    Raises:
+        UsageError: an argument, the config, the data or the run's folder cannot be used; nothing was written then.
+    """
+    assert command in COMMANDS
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Advice on speed and on parts of Lightning that are none of the user's business.
+        for category, text in _LIGHTNING_ADVICE:
+            warnings.filterwarnings("ignore", text, category)
+        cli = TrainingCLI([command, *arguments])
+        return cli.carry_out(command)
+
+
+_LIGHTNING_ADVICE: tuple[tuple[type[Warning], str], ...] = (
+    (UserWarning, r".*does not have many workers which may be a bottleneck.*"),
+    (UserWarning, r".*The number of training batches .* is smaller than the logging interval.*"),
+    (UserWarning, r".*Checkpoint directory .* exists and is not empty.*"),
+    (UserWarning, r".*Consider setting `persistent_workers=True`.*"),
+    (UserWarning, r".*LightningCLI's args parameter is intended to run from within Python.*"),
+    (FutureWarning, r".*LeafSpec.*"),
+    (DeprecationWarning, r".*LeafSpec.*"),
+)
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line that offers close names."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        """Raises what is wrong with the arguments or the config as a `UsageError`."""
+        raise UsageError(one_line(message, self._known_keys())) from ex
+
+    def _known_keys(self) -> list[str]:
+        keys: list[str] = []
+        for action in self._actions:
+            if action.dest and action.dest not in ("help", "subcommand"):
+                keys.append(action.dest)
+        for parser in (getattr(self, "_subcommands_action", None) and self._subcommands_action.choices or {}).values():  # type: ignore[union-attr]
+            keys += parser._known_keys()
+        return keys
+
+
+def one_line(message: str, known: Iterable[str]) -> str:
+    """Returns jsonargparse's explanation as one line: what is wrong, and close names for a key that is unknown."""
+    text = re.sub(r"\s+", " ", message).strip()
+    known = sorted(set(known))
+    wrong = re.search(r"""(?:[Kk]ey|[Oo]ption|argument|Key) ['"]([\w.\-]+)['"] is not expected""", text) or re.search(
+        r"""(?:Unrecognized arguments|unrecognized arguments|Does not accept|No such option)[^-\w]*(?:--)?([\w.\-]+)""", text
+    )
+    if wrong:
+        key = wrong.group(1)
+        close = close_names(key, known) or close_names(key.rsplit(".", 1)[-1], known)
+        advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "see vision-attn fit --help"
+        return f"expected a known config key, got {key!r}: {advice}"
+    return text
+
+
+class TrainingCLI(LightningCLI):
+    """Our model, our data, and the run's folder; nothing runs until `carry_out`."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(
+            Classifier,
+            ImageDataModule,
+            args=arguments,
+            run=True,
+            seed_everything_default=0,
+            save_config_kwargs={"config_filename": "config.yaml"},
+            trainer_defaults={"max_epochs": 10, "accelerator": "auto"},
+        )
+
+    # LightningCLI parses, instantiates and runs in its constructor. The run's folder and the photos are looked at
+    # between these, so that a run which cannot work ends before it has written anything.
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Returns the parser with errors of one line."""
+        parser = OneLineParser(**{**kwargs, "description": "Train, validate, test and predict with image classifiers."})
+        parser.add_argument("-c", "--config", action="config", help="YAML file; later ones override earlier ones.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run's folder and the weight average, and takes the model's size and classes from the data."""
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="The run's folder; a new runs/<model> where left out."
+        )
+        parser.add_argument(
+            "--ema", type=float | None, default=None, help="Decay of the weight average, such as 0.999; none where left out."
+        )
+        parser.link_arguments("data.image_size", "model.image_size")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses the run's folder, and refuses one that is taken."""
+        config = self.config[self.config.subcommand]
+        fit = self.config.subcommand == "fit"
+        if config.run_dir is None:
+            if not fit:
+                raise UsageError("expected the folder of the run, got none: give --run_dir or --config runs/<name>/config.yaml")
+            config.run_dir = str(free_path(Path("runs") / config.model.name.replace("/", "_")))
+        elif fit and _is_taken(Path(config.run_dir)):
+            raise UsageError(
+                f"expected a new folder for the run, got {config.run_dir}, which exists: choose another with --run_dir"
+            )
+        if config.ema is not None and not 0 < config.ema < 1:
+            raise UsageError(f"expected ema within (0, 1), got {config.ema}: 0.999 is usual")
+        self.run_dir = Path(config.run_dir)
+        self.ema = config.ema
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Returns the trainer with the run's logger and callbacks."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        fit = self.config.subcommand == "fit"
+        interactive = Console().is_terminal
+        callbacks: list[pl.Callback] = [RichProgressBar()] if interactive else []
+        config["enable_progress_bar"] = interactive and config.get("enable_progress_bar") is not False
+        if not config["enable_progress_bar"]:
+            callbacks = []
+        config["enable_model_summary"] = False
+        if fit:
+            if config.get("logger") in (None, True):
+                config["logger"] = CSVLogger(self.run_dir, name="", version="")
+            callbacks += [
+                ModelCheckpoint(
+                    dirpath=self.run_dir / BEST.parent,
+                    filename=BEST.stem,
+                    monitor="val/top1",
+                    mode="max",
+                    save_last=True,
+                    enable_version_counter=False,
+                ),
+                LearningRateMonitor("step"),
+                RunPlots(self.run_dir),
+            ]
+            if not interactive:
+                callbacks.append(EpochLines())
+            if self.ema is not None:
+                callbacks.append(EMAWeightAveraging(decay=self.ema))
+        else:
+            config["logger"] = False
+        return self._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Puts off what LightningCLI would do now to `carry_out`."""
+
+    def carry_out(self, command: str) -> Run:
+        """Looks at the photos, runs the command, and returns what came of it."""
+        self.datamodule.check()
+        kwargs = self._prepare_subcommand_kwargs(command)
+        if command == "fit":
+            if kwargs.get("ckpt_path"):
+                _check_checkpoint(Path(kwargs["ckpt_path"]))
+            self.trainer.fit(**kwargs)
+            return self._finished_fit()
+        if not kwargs.get("ckpt_path"):
+            kwargs["ckpt_path"] = str(self.run_dir / BEST)
+        _check_checkpoint(Path(kwargs["ckpt_path"]))
+        if command == "predict":
+            predictions = self.trainer.predict(**kwargs)
+            path = write_predictions(self.run_dir, self.datamodule, predictions or [])
+            Console(soft_wrap=True).print(f"predictions: {path}")
+            return Run(self.run_dir, self.model, self.datamodule, {})
+        found = getattr(self.trainer, command)(**kwargs, verbose=False)
+        metrics = {key: float(value) for key, value in found[0].items()}
+        report_evaluation(self.run_dir, self.model, self.datamodule, metrics)
+        return Run(self.run_dir, self.model, self.datamodule, metrics)
+
+    def _finished_fit(self) -> Run:
+        best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        if best:
+            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(checkpoint["state_dict"])
+        score = self.trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
+        metrics = {} if score is None else {"val/top1": float(score)}
+        return Run(self.run_dir, self.model.eval(), self.datamodule, metrics)
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def free_path(path: Path) -> Path:
+    """Returns `path`, or the first of `path`-2, `path`-3, ... that does not exist (before the suffix, for a file)."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}" if path.suffix else f"{path.name}-{number}")
+    return candidate
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raises a `UsageError` where a checkpoint is not there or is none of Lightning's with plain tensors."""
+    if str(path) in ("last", "best", "hpc", "registry"):
+        return
+    if not path.is_file():
+        raise UsageError(f"expected a checkpoint at {path}, got nothing: give --ckpt_path, or fit the run first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a different one for each kind of damage
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(
+            f"expected a checkpoint of plain tensors (no code to unpickle) at {path}, got: {reason}"
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UsageError(f"expected a checkpoint of a run at {path}, got another file: give runs/<name>/{BEST}")
+
+
+def report_evaluation(run_dir: Path, classifier: Classifier, data: ImageDataModule, metrics: dict[str, float]) -> Path:
+    """Prints the metrics with the accuracy's 95 % interval; writes them as JSON with the confusion matrix beside it."""
+    stage = next(iter(metrics)).split("/")[0]
+    confusion = classifier.val_confusion if stage == "val" else classifier.test_confusion
+    matrix = confusion.compute().cpu()
+    total, correct = int(matrix.sum()), int(matrix.diagonal().sum())
+    low, high = wilson_interval(correct, total)
+    table = Table(title=f"{'validation' if stage == 'val' else stage}, {total} photos")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for key, value in metrics.items():
+        text = f"{value:.4f}" if key.endswith("loss") else f"{value:.2%}"
+        table.add_row(key, f"{text} ({correct} of {total}, 95 % {low:.1%} to {high:.1%})" if key.endswith("top1") else text)
+    Console().print(table)
+    path = free_path(run_dir / f"{stage}.json")
+    content = {
+        **metrics,
+        "correct": correct,
+        "total": total,
+        "top1_interval_95": [low, high],
+        "classes": list(data.classes),
+        "confusion": matrix.tolist(),
+    }
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    picture = confusion_matrix(path.with_name(f"{path.stem}_confusion.png"), matrix.numpy(), data.classes)
+    Console(soft_wrap=True).print(f"results: {path}, {picture}")
+    return path
+
+
+def write_predictions(run_dir: Path, data: ImageDataModule, predictions: Sequence[Any]) -> Path:
+    """Writes a CSV with a row for each photo: its name, the label, the prediction, its probability, and all others'."""
+    images = data.predict_dataloader().dataset.images  # type: ignore[attr-defined]
+    path = free_path(run_dir / "predictions.csv")
+    rows: list[list[str]] = [["photo", "label", "prediction", "probability", *data.classes]]
+    for probabilities, indices in predictions:
+        for row, index in zip(probabilities.tolist(), indices.tolist(), strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            rows.append(
+                [images.name(index), data.classes[images.labels[index]], data.classes[best], f"{row[best]:.6f}"]
+                + [f"{value:.6f}" for value in row]
+            )
+    with tempfile.SpooledTemporaryFile(mode="w+", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+        file.seek(0)
+        write_text(path, file.read())
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

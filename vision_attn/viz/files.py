@@ -1,0 +1,54 @@
+"""Pictures on disk, whole or not at all: an interrupted run leaves no half picture under its name."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from vision_attn.errors import UsageError
+
+
+def save_png(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
+    """The path of a new PNG file that holds an (H, W, 3) RGB uint8 picture.
+
+    Missing folders are made; a file that is there is replaced in one step.
+
+    Raises:
+        UsageError: the name does not end in .png, or the picture is not (H, W, 3) uint8.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"expected a file name that ends in .png, got {path.name!r}: PNG is what is written")
+    check_picture(rgb)
+    _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+    return write_whole(path, data.tobytes())
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
+    """The path of a file that holds `data`: written beside it under another name first, then moved into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, whatever the umask says.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def check_picture(picture: object) -> None:
+    """Raises UsageError where something is not an (H, W, 3) uint8 array with at least one pixel."""
+    if not isinstance(picture, np.ndarray):
+        raise UsageError(
+            f"expected an (H, W, 3) uint8 RGB array, got {type(picture).__name__}: "
+            'convert it, for example np.asarray(photo.convert("RGB"))'
+        )
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        hint = "move the channels to the end" if picture.ndim == 3 and picture.shape[0] == 3 else "convert it to RGB"
+        raise UsageError(f"expected an (H, W, 3) RGB picture, got shape {picture.shape}: {hint}")
+    if picture.dtype != np.uint8:
+        raise UsageError(f"expected uint8 values 0 to 255, got {picture.dtype}: give the photo before normalisation")
