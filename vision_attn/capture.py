@@ -273,9 +273,8 @@ class AttentionCapture:
         """Returns the function's result, which stands for the same weights as its argument."""
         output = function(*args, **kwargs)
         argument = args[0] if args else kwargs.get("input")
-        if isinstance(argument, Tensor) and argument in self._softmaxed:
-            if output is not argument:
-                self._softmaxed[output] = self._weights_behind(argument)
+        if isinstance(argument, Tensor) and argument in self._softmaxed and output is not argument:
+            self._softmaxed[output] = self._weights_behind(argument)
         return output
 
     def _weights_behind(self, softmaxed: Tensor) -> Tensor:

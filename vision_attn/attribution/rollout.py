@@ -8,6 +8,7 @@ time, formed from the queries and keys that the capture refers to.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -190,14 +191,15 @@ def _step(row: Tensor, blocks: Iterable[Block]) -> Tensor:
 def _discarded_step(row: Tensor, blocks: "_Blocks", count: int, protected: int | None) -> Tensor:
     """Returns what `_step` does, after A lost its `count` lowest weights outside the `protected` column."""
     num_tokens = row.shape[-1]
-    everything: Callable[[], Iterable[Block]] = lambda: blocks.between(0, num_tokens)  # noqa: E731
     if blocks.rows_at_once >= num_tokens:
-        whole = list(everything())
-        everything = lambda: whole  # noqa: E731
-    border = kth_smallest(lambda: (fused.flatten(1) for _, fused in everything()), count)
+        whole = list(blocks.between(0, num_tokens))
+        border = _kth_smallest_at_once(whole[0][1].flatten(1), count)
+    else:
+        whole = None
+        border = kth_smallest(lambda: (fused.flatten(1) for _, fused in blocks.between(0, num_tokens)), count)
 
     def discarded() -> Iterator[Block]:
-        for queries, fused in everything():
+        for queries, fused in whole or blocks.between(0, num_tokens):
             low = fused < border[:, None, None]
             if protected is not None:
                 low[..., protected] = False
@@ -209,37 +211,41 @@ def _discarded_step(row: Tensor, blocks: "_Blocks", count: int, protected: int |
 def kth_smallest(parts: Callable[[], Iterable[Tensor]], k: int) -> Tensor:
     """Returns the value at place `k` (from 0) of each image's sorted numbers, (B,), exactly, without holding them.
 
-    Non-negative floats are ordered as their bits are. Each pass over the parts counts the next 16 bits of those numbers
-    that agree with what is known so far, from the top.
+    Non-negative floats are ordered as their bits are. Each pass over the parts counts the next 11 bits of those numbers
+    that agree with what is known so far, from the top; three passes for float32.
 
     Args:
         parts: Gives, at every call, the same (B, n) parts of the numbers, none negative.
         k: Less than the number of numbers.
     """
-    prefix = rank = torch.empty(0)
-    bits, dtype = 0, torch.float32
-    shift = None
-    while shift != 0:
-        counts = None
+    first = next(iter(parts()))
+    assert first.dtype in (torch.float32, torch.float64)
+    integer, shift = (torch.int64, 64) if first.dtype == torch.float64 else (torch.int32, 32)
+    known = torch.zeros(len(first), 1, dtype=integer, device=first.device)
+    rank = torch.full_like(known, k, dtype=torch.long)
+    image = torch.arange(len(first), device=first.device)[:, None]
+    while shift:
+        width = min(11, shift)
+        shift -= width
+        counts = torch.zeros(len(first) << width, dtype=torch.long, device=first.device)
         for part in parts():
-            if counts is None:
-                dtype, bits = part.dtype, part.element_size() * 8
-                counts = torch.zeros(len(part), 2**16, dtype=torch.long, device=part.device)
-                if shift is None:
-                    shift = bits
-                    prefix, rank = counts.new_zeros(len(part)), counts.new_full((len(part),), k)
-            keys = part.view(torch.int64 if bits == 64 else torch.int32).long()
-            assert shift is not None
-            for image, key in enumerate(keys):
-                known = key if shift == bits else key[(key >> shift) == prefix[image]]
-                counts[image] += torch.bincount((known >> (shift - 16)) & 0xFFFF, minlength=2**16)
-        assert counts is not None and shift is not None
-        reached = counts.cumsum(-1)
-        digit = torch.searchsorted(reached, rank[:, None], right=True)
-        rank = rank - (reached.gather(-1, digit) - counts.gather(-1, digit))[:, 0]
-        prefix = (prefix << 16) | digit[:, 0]
-        shift -= 16
-    return prefix.to(torch.int64 if bits == 64 else torch.int32).view(dtype)
+            # With the known bits taken away, the numbers that agree with them lie in the digit's range, and no others.
+            digit = (part.view(integer) >> shift) - (known << width)
+            agree = (digit >= 0) & (digit < 2**width)
+            counts += torch.bincount((digit + (image << width))[agree], minlength=len(counts))
+        reached = counts.view(len(first), -1).cumsum(-1)
+        digit = (reached <= rank).sum(-1, keepdim=True)
+        rank = rank - (reached.gather(-1, digit) - counts.view(len(first), -1).gather(-1, digit))
+        known = (known << width) | digit.to(integer)
+    return known[:, 0].view(first.dtype)
+
+
+def _kth_smallest_at_once(numbers: Tensor, k: int) -> Tensor:
+    """Returns what `kth_smallest` does for numbers (B, n) in memory."""
+    if numbers.device.type != "cpu":
+        return numbers.kthvalue(k + 1, dim=-1).values
+    # NumPy selects seven times as fast as torch's kthvalue on a core.
+    return torch.from_numpy(np.partition(numbers.numpy(), k, axis=-1)[:, k].copy())
 
 
 class _Blocks:

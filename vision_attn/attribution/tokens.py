@@ -110,7 +110,8 @@ def _prefix(encoder: Any) -> tuple[str, ...]:
     """Returns the names of a timm encoder's prefix tokens."""
     prefix = ["class"] if getattr(encoder, "cls_token", None) is not None else []
     prefix += ["distillation"] if getattr(encoder, "dist_token", None) is not None else []
-    prefix += ["register"] * (getattr(encoder, "num_reg_tokens", 0) or 0)
+    registers = getattr(encoder, "reg_token", None)
+    prefix += ["register"] * (0 if registers is None else registers.shape[1])
     if len(prefix) != encoder.num_prefix_tokens:
         raise UsageError(
             f"expected {encoder.num_prefix_tokens} prefix tokens in {type(encoder).__name__}, found {prefix}: {_REMEDY}"
