@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vision_attn.errors import UsageError
+from vision_attn.files import write_whole
 
 
 def save_png(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
@@ -24,20 +25,6 @@ def save_png(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
     check_picture(rgb)
     _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
     return write_whole(path, data.tobytes())
-
-
-def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
-    """The path of a file that holds `data`: written beside it under another name first, then moved into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, whatever the umask says.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def check_picture(picture: object) -> None:

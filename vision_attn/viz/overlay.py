@@ -180,11 +180,12 @@ def outline(picture: Picture, mask: Map, *, thickness: int = 1) -> Picture:
     inside = as_array(mask) != 0
     if inside.ndim != 2:
         raise UsageError(f"expected a mask of shape (h, w), got {inside.shape}: give one mask")
+    height, width = picture.shape[:2]
+    # Laid on the picture's pixels first: a contour cuts the corners of its cells, which must not be large ones.
+    inside = cv2.resize(inside.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     # A margin of false closes the outline of an object that the frame cuts.
     lines = _isolines(np.pad(inside, 1).astype(np.float32), 0.5)
-    stretch = np.array([picture.shape[1] / inside.shape[1], picture.shape[0] / inside.shape[0]])
-    top = np.array([picture.shape[1] - 1, picture.shape[0] - 1])
-    lines = [np.clip((line - 0.5) * stretch - 0.5, 0, top) for line in lines]
+    lines = [np.clip(line - 1, 0, (width - 1, height - 1)) for line in lines]
     drawn = picture.copy()
     _draw(drawn, lines, (0, 0, 0), thickness + 2)
     _draw(drawn, lines, (255, 255, 255), thickness)

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from PIL import ImageFont
 
 from vision_attn.errors import UsageError
+from vision_attn.files import write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.viz.colorbar import UNSEEN, font_file, legend
-from vision_attn.viz.files import check_picture, write_whole
+from vision_attn.viz.files import check_picture
 from vision_attn.viz.overlay import DrawnMap, Style, draw_map, outline
 from vision_attn.viz.scale import Map, ScaleChoice, as_array
 
@@ -359,7 +360,11 @@ def _sheet_legend(drawings: Sequence[DrawnMap], width: int) -> NDArray[np.uint8]
     if all(drawn.scale == first.scale for drawn in drawings):
         low, high, text = f"{first.scale.low:.3g}", f"{first.scale.high:.3g}", first.scale.text
     else:
-        low, high, text = "low", "high", f"{first.scale.text}; its range below its photo"
+        low, high, text = (
+            "low",
+            "high",
+            f"each map{first.scale.text.removeprefix('this map')}; its range is below its photo",
+        )
         if len({drawn.scale.signed for drawn in drawings}) > 1:
             text += "; colours differ where a map has values below zero"
     notes = [text] + ([UNSEEN] if any(not drawn.seen.all() for drawn in drawings) else [])
@@ -445,7 +450,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
             markersize=4,
             linewidth=0.8 if smooth else 1.6,
             alpha=0.35 if smooth else 1,
-            label=None if smooth else _plain(name if train or len(x) < 2 else f"{name}, best {_best(name, y):.3g}"),
+            label=None if smooth else _plain(name if train else f"{name}, best {_best(name, y):.3g}"),
         )
         if smooth:
             width = max(3, len(x) // 30)

@@ -29,20 +29,25 @@ class Scale:
     text: str
     signed: bool = False
 
+    @property
+    def flat(self) -> bool:
+        """Has the range no width? Less than float32 tells apart is none: interpolating a constant map rounds it."""
+        return self.high - self.low <= 1e-6 * max(abs(self.low), abs(self.high))
+
     def place(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
         """Where values stand on the scale, 0 to 1; 0.5 everywhere on a scale without width.
 
         A constant map says nothing about places: it is drawn flat, in the middle colour, which is neither "nothing
         here" nor "everything here", and for a signed map is the colour of zero.
         """
-        if self.high <= self.low:
+        if self.flat:
             return np.full(values.shape, 0.5, dtype=np.float32)
         # The division comes first: a range such as 1e-40 to 3e-40 would vanish in float32.
         return np.clip((values - self.low) / (self.high - self.low), 0, 1).astype(np.float32)
 
     def ends(self, lowest: float, highest: float) -> tuple[str, str]:
         """Both ends as text, for a picture with values from `lowest` to `highest`: ≤ and ≥ tell of values beyond."""
-        if self.high <= self.low:
+        if self.flat:
             return f"constant {self.low:.3g}", ""
         below, above = ("≤ " if lowest < self.low else ""), ("≥ " if highest > self.high else "")
         return f"{below}{self.low:.3g}", f"{above}{self.high:.3g}"

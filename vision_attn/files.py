@@ -1,0 +1,64 @@
+"""Files and folders that are written whole or not at all, and names that are still free."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vision_attn.errors import UsageError
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Returns the path of a file that holds `content`: written beside it under another name, then moved into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, whatever the umask says.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder to fill, which takes its name only when the block ends well; after an error nothing is left.
+
+    Raises:
+        UsageError: there is something at `path` already.
+
+    Example:
+        >>> with new_folder("export") as folder:  # doctest: +SKIP
+        ...     (folder / "config.json").write_text("{}")
+    """
+    path = Path(path)
+    if is_taken(path):
+        raise UsageError(f"expected a new folder, got {path}, which exists: choose another name or move it away")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.is_dir():
+            path.rmdir()
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def is_taken(path: str | os.PathLike[str]) -> bool:
+    """Returns whether there is a file, or a folder with anything in it, at `path`."""
+    path = Path(path)
+    return os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
+
+
+def free_path(path: str | os.PathLike[str]) -> Path:
+    """Returns `path`, or the first of `path`-2, `path`-3, ... that is free; the number stands before a suffix."""
+    path = Path(path)
+    candidate, number = path, 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate
