@@ -1,5 +1,7 @@
 """How many embedded images one core draws a second. Prints the median and the best of several runs.
 
+Seconds are those of the processor, so that a machine with other work to do gives its own speed.
+
 Example: python scripts/bench_shapes.py --size 64 --images 500 --runs 9
 """
 
@@ -26,10 +28,10 @@ def main() -> None:
     draw(0, size=options.size)
     rates = []
     for run in range(options.runs):
-        start = time.perf_counter()
+        start = time.process_time()
         for index in range(options.images):
             draw(index, seed=run, size=options.size)
-        rates.append(options.images / (time.perf_counter() - start))
+        rates.append(options.images / (time.process_time() - start))
     print(
         f"{options.size} px: {statistics.median(rates):.0f} images a second on one core "
         f"(best of {options.runs} runs {max(rates):.0f}, worst {min(rates):.0f})"

@@ -13,7 +13,9 @@ from vision_attn.cli import main
 
 def has_weights(arguments: list[str]) -> bool:
     """Returns whether the arguments name weights to start from, or a config, which may."""
-    return any(a.startswith(("--model.checkpoint", "--model.pretrained", "--config", "-c", "--help")) for a in arguments)
+    return any(
+        a.startswith(("--model.checkpoint", "--model.pretrained", "--config", "-c", "--help")) for a in arguments
+    )
 
 
 if __name__ == "__main__":

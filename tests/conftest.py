@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# One thread: the tensors are small, and threads that wait for each other on a busy machine cost more than they bring.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

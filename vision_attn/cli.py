@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vision_attn import __version__
 from vision_attn.errors import UsageError
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _last_words(error: UsageError) -> str:
-    """Returns an error's message in one line, without the traceback that PyTorch puts before it in a loader's worker."""
+    """Returns an error's message in one line, without the traceback that a loader's worker puts before it."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Caught ") and "worker process" in lines[0]:
         return re.sub(r"^[\w.]*Error: ", "", lines[-1])
@@ -56,7 +57,72 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
+    _add_explain(commands)
     return parser
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="overlays of where an exported model looks in photos",
+        description="Draws where a model looks, on the original photos. Exit code 3: some photos could not be read.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an artefact: runs/<name>/export")
+    parser.add_argument("photos", metavar="PHOTOS", nargs="+", help="photos and folders of photos")
+    parser.add_argument(
+        "--method", default="rollout", help="rollout (default), raw, or a control: random, center, edges"
+    )
+    parser.add_argument("--target", help="class name or index to explain; the predicted class where left out")
+    parser.add_argument("--out", help="a new folder for the overlays and index.csv; a new explanations/ where left out")
+    parser.add_argument("--style", default="heat", help="heat (default), dim or contour")
+    parser.add_argument("--batch-size", type=_positive, default=16, help="photos a forward pass (16)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method, such as head_fusion=max or discard_ratio=0.9; can be given again",
+    )
+    parser.set_defaults(carry_out=_explain)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from vision_attn.files import free_path
+    from vision_attn.look import explain_photos
+    from vision_attn.models.factory import load_model
+
+    looked = explain_photos(
+        load_model(options.model),
+        options.photos,
+        options.out or free_path("explanations"),
+        method=options.method,
+        target=options.target,
+        style=options.style,
+        batch_size=options.batch_size,
+        **dict(_option(text) for text in options.option),
+    )
+    if looked.overlays:
+        listed = looked.out / "index.csv"
+        print(f"{len(looked.overlays)} overlays: {looked.out} (first: {looked.overlays[0]}; list: {listed})")
+    for reason in looked.damaged.values():
+        print(f"vision-attn: {reason}", file=sys.stderr)
+    return 3 if looked.damaged else 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Returns the name and the value of NAME=VALUE; the value as YAML would read it."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"expected --option NAME=VALUE, got {text!r}: for example --option head_fusion=max")
+    return name, yaml.safe_load(value)
 
 
 def _train(command: str, arguments: Sequence[str]) -> int:

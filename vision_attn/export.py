@@ -5,11 +5,9 @@ preprocessing, the token layout) under `vision_attn`; `model.safetensors` are th
 """
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -17,13 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vision_attn import __version__
+from vision_attn.attribution.tokens import find_layout
 from vision_attn.data.transforms import Preprocessing, spec_options
 from vision_attn.errors import UsageError
+from vision_attn.files import new_folder
 from vision_attn.layout import TokenLayout
 from vision_attn.models.factory import CONFIG_FILE, WEIGHTS_FILE, load_model
-
-if TYPE_CHECKING:
-    from vision_attn.training.run import Run
+from vision_attn.training.run import Run
 
 
 def save_model(
@@ -55,9 +53,6 @@ def save_model(
     Raises:
         UsageError: the folder exists, or the written artefact would not load again.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UsageError(f"expected a new folder for the artefact, got {folder}, which exists: choose another")
     config = {
         "architecture": architecture,
         "num_classes": len(classes),
@@ -73,21 +68,17 @@ def save_model(
             **(facts or {}),
         },
     }
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder) as part:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-        load_model(temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        (part / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # What cannot be loaded again must not take the name.
+        load_model(part)
+    return Path(folder)
 
 
-def export_run(run: "Run") -> Path:
+def export_run(run: Run) -> Path:
     """Writes the artefact of a finished run to `export` in its folder, and returns that."""
     classifier, data = run.classifier, run.data
     # The network comes off the device, and off Lightning, as it is.
@@ -109,8 +100,6 @@ def export_run(run: "Run") -> Path:
 
 def find_token_layout(network: nn.Module, image_size: tuple[int, int]) -> TokenLayout | None:
     """Returns the order of a network's tokens at an image size, or None where it has none that are known."""
-    from vision_attn.attribution.tokens import find_layout
-
     images = torch.zeros(1, 3, *image_size, device=next(network.parameters()).device)
     try:
         return find_layout(network, images)
@@ -143,7 +132,7 @@ def _timm_resize(preprocessing: Preprocessing) -> tuple[float, str, str]:
     options = steps[0][1] if steps else {}
     interpolation = str(options.get("interpolation", "bilinear"))
     interpolation = interpolation if interpolation in ("bilinear", "bicubic", "nearest") else "bicubic"
-    height, width = preprocessing.image_size
+    height, _ = preprocessing.image_size
     if names == ("SmallestMaxSize", "CenterCrop") and options.get("max_size_hw"):
         return height / options["max_size_hw"][0], "center", interpolation
     if names == ("LongestMaxSize", "PadIfNeeded"):

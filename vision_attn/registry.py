@@ -18,7 +18,7 @@ def close_names(name: str, choices: Iterable[str], *, limit: int = 3) -> list[st
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
-    """Returns the error for a `name` that is none of the `choices`; it offers the close names, or a short list whole."""
+    """Returns the error for a `name` that is none of the `choices`; it offers close names, or a short list whole."""
     choices = sorted(choices)
     close = close_names(name, choices)
     if close:
@@ -61,7 +61,7 @@ class Registry(Generic[T]):
         def enter(thing: T) -> T:
             if name in self._things and not replace:
                 raise UsageError(
-                    f"expected a new {self.kind} name, got {name!r}, which is taken: choose another or pass replace=True"
+                    f"expected a new name for a {self.kind}, got {name!r}: choose another or pass replace=True"
                 )
             self._things[name] = thing
             self._info[name] = info

@@ -1,4 +1,4 @@
-"""Photos as Lightning wants them: batches of uint8 images, the same for the same seed whatever the number of workers."""
+"""Photos as Lightning wants them: uint8 batches, the same for the same seed whatever the number of workers."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +30,9 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class ImageDataset(Dataset):
     """Photos of one split, through a pipeline.
 
-    Items are (photo as uint8 (H, W, 3), label, index). A key is an index, or (epoch, index): every photo's augmentation is drawn from (seed, epoch, index) alone, so that it
-    depends neither on the number of workers nor on what was read before.
+    Items are (photo as uint8 (H, W, 3), label, index). A key is an index, or (epoch, index): every photo's augmentation
+    is drawn from (seed, epoch, index) alone, so that it depends neither on the number of workers nor on what was read
+    before.
     """
 
     def __init__(
@@ -59,15 +60,16 @@ class ImageDataset(Dataset):
         out = self.pipeline(image=image)["image"]
         if out.shape[:2] != self.image_size:
             raise UsageError(
-                f"expected transforms that leave {self.image_size[0]} x {self.image_size[1]} pixels, got {out.shape[0]} x "
-                f"{out.shape[1]} from {self.images.name(index)}: end with a crop, a pad or a Resize to data.image_size"
+                f"expected transforms that leave {self.image_size[0]} x {self.image_size[1]} pixels, got "
+                f"{out.shape[0]} x {out.shape[1]} from {self.images.name(index)}: end with a crop, a pad or a Resize "
+                "to data.image_size"
             )
         return torch.from_numpy(out), int(self.images.labels[index]), index
 
 
 def collate(items: Sequence[tuple[Tensor, int, int]]) -> Batch:
     """Returns photos (H, W, 3) with labels and indices as a batch, its images (B, 3, H, W) in channels-last memory."""
-    images, labels, indices = default_collate(items)
+    images, labels, indices = default_collate(list(items))
     return images.permute(0, 3, 1, 2), labels, indices
 
 
@@ -96,8 +98,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         source: "folder", "shapes" or "torchvision:<DataSet>" (such as torchvision:CIFAR10).
-        path: The folder with the photos: `train`, `val` (or `validation`) and `test` with a folder for each class, or one
-            folder of class folders, which is split. For torchvision, where its files are or are put.
+        path: The folder with the photos: `train`, `val` (or `validation`) and `test` with a folder for each class, or
+            one folder of class folders, which is split. For torchvision, where its files are or are put.
         options: What the source takes besides (for shapes: size, train, validation, test).
         image_size: The model's input in pixels, one number or [height, width].
         batch_size: Photos a training step.
@@ -115,8 +117,10 @@ class ImageDataModule(pl.LightningDataModule):
             training process.
         check: What is looked at in every photo before the run: "frame" (header and end marker, about 0.2 ms a photo),
             "decode" (everything), or "off".
-        damaged: What a damaged photo does: "error" ends before the run starts, "skip" goes on without it and says how many.
-        reduced_decode: Decode large JPEGs at 1/2, 1/4 or 1/8 for training, where twice the image size is left.
+        damaged: What a damaged photo does: "error" ends before the run starts, "skip" goes on without it and says how
+            many there were.
+        reduced_decode: Read large photos at 1/2, 1/4 or 1/8 of their size for training, where 1.5 times the image size
+            is left.
 
     Raises:
         UsageError: an argument or the photos cannot be used.
@@ -160,7 +164,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.check_mode = check
         self.damaged = damaged
-        self.min_size = 2 * max(self.image_size) if reduced_decode else None
+        self.min_size = 3 * max(self.image_size) // 2 if reduced_decode else None
         self.source = open_source(
             source, path, seed=seed, validation_share=validation_share, test_share=test_share, options=options
         )
@@ -204,7 +208,9 @@ class ImageDataModule(pl.LightningDataModule):
                 rank_zero_info(f"{len(damage)} damaged photos of {split} are skipped: {_some(damage, images)}")
                 good = np.setdiff1d(np.arange(len(images)), list(damage))
                 if len(good) == 0:
-                    raise UsageError(f"expected photos in {split}, got only damaged ones, such as {_some(damage, images)}")
+                    raise UsageError(
+                        f"expected photos in {split}, got only damaged ones, such as {_some(damage, images)}"
+                    )
                 images = images.subset(good)
             kept[split] = images
         self.source = ImageSource(self.classes, kept)
@@ -215,7 +221,8 @@ class ImageDataModule(pl.LightningDataModule):
         images = self._split("train")
         if len(images) < self.batch_size:
             raise UsageError(
-                f"expected at least one batch of {self.batch_size} training photos, got {len(images)}: lower data.batch_size"
+                f"expected at least one batch of {self.batch_size} training photos, got {len(images)}: lower "
+                "data.batch_size"
             )
         dataset = ImageDataset(
             images, self.train_specs, image_size=self.image_size, seed=self.seed, min_size=self.min_size

@@ -8,7 +8,7 @@ converted, transparency is laid on white (not on whatever colour hides under it)
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -25,6 +25,13 @@ SMALLEST_SIDE = 4
 
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
+# OpenCV's reduced flags come in grey and in BGR; the grey ones are only the factor's bit, to which RGB is added.
+_REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 # Cameras may append previews, depth maps or a film after the photo; a photo whose end is not within the last 64 KiB is
 # decoded as a whole to find out whether it is damaged.
 _TAIL = 65_536
@@ -35,8 +42,8 @@ def read_image(path: str | Path, *, min_size: int | None = None) -> np.ndarray:
 
     Args:
         path: The file.
-        min_size: Where given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (which is faster), as long as its
-            short side keeps at least this many pixels.
+        min_size: Where given, the photo comes at 1/2, 1/4 or 1/8 of its size, as long as its short side keeps at least
+            this many pixels. JPEGs are decoded at that size, which is faster; others are averaged down to it.
 
     Returns:
         uint8 array (H, W, 3).
@@ -62,7 +69,20 @@ def decode_image(content: bytes, *, name: str = "the image", min_size: int | Non
             image = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
             if image is not None:
                 return _checked(image, name)
-    return _checked(_decode_with_pillow(content, name), name)
+    return _shrink(_checked(_decode_with_pillow(content, name), name), min_size)
+
+
+def _shrink(image: np.ndarray, min_size: int | None) -> np.ndarray:
+    """Returns the photo at the size at which a JPEG of it would have been decoded."""
+    factor = _factor(image.shape[:2], min_size)
+    if factor == 1:
+        return image
+    size = (-(-image.shape[1] // factor), -(-image.shape[0] // factor))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _factor(size: Sequence[int], min_size: int | None) -> int:
+    return 1 if min_size is None else next((factor for factor in (8, 4, 2) if min(size) >= factor * min_size), 1)
 
 
 def _checked(image: np.ndarray, name: str) -> np.ndarray:
@@ -83,12 +103,7 @@ def _jpeg_flag(content: bytes, min_size: int | None) -> int | None:
         return None
     if mode not in ("L", "RGB"):
         return None
-    if min_size is None:
-        return cv2.IMREAD_COLOR_RGB
-    # OpenCV's reduced flags come in grey and in BGR; the grey one is only the factor's bit, to which RGB is added.
-    reduced = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
-    factor = next((factor for factor in reduced if min(size) >= factor * min_size), 1)
-    return cv2.IMREAD_COLOR_RGB | reduced.get(factor, 0)
+    return cv2.IMREAD_COLOR_RGB | _REDUCED[_factor(size, min_size)]
 
 
 def _decode_with_pillow(content: bytes, name: str) -> np.ndarray:
@@ -107,7 +122,9 @@ def _decode_with_pillow(content: bytes, name: str) -> np.ndarray:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UsageError(f"expected a photo of at most {limit:,} pixels at {name}: {error}") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UsageError(f"expected a whole photo at {name}, got a damaged one ({error}): remove or replace it") from error
+        raise UsageError(
+            f"expected a whole photo at {name}, got a damaged one ({error}): remove or replace it"
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -132,9 +149,9 @@ def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
     if np.issubdtype(pixels.dtype, np.integer) and low >= 0 and high <= 65_535:
         # 65535 / 257 is 255 exactly: white stays white, and 8-bit values stored as v * 257 come back as v.
         return np.rint(pixels / 257).astype(np.uint8)
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         return np.rint(pixels * 255).astype(np.uint8)
-    return np.rint((pixels - low) / max(high - low, np.finfo(np.float32).tiny) * 255).astype(np.uint8)
+    return np.rint((pixels - low) / max(high - low, float(np.finfo(np.float32).tiny)) * 255).astype(np.uint8)
 
 
 def find_damage(path: str | Path, *, decode: bool = False) -> str | None:
@@ -182,16 +199,18 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         UsageError: a path does not exist, or nothing was found.
     """
     found: dict[Path, None] = {}
-    paths = [Path(path) for path in paths]
-    for path in paths:
+    asked = [Path(path) for path in paths]
+    for path in asked:
         if path.is_dir():
             found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_image_name(p) and p.is_file())))
         elif path.is_file():
             found[path] = None
         else:
-            raise UsageError(f"expected a photo or a folder of photos, got {path}, which does not exist: check the path")
+            raise UsageError(
+                f"expected a photo or a folder of photos, got {path}, which does not exist: check the path"
+            )
     if not found:
-        names = ", ".join(str(path) for path in paths) or "no path"
+        names = ", ".join(str(path) for path in asked) or "no path"
         raise UsageError(
             f"expected at least one photo ({', '.join(sorted(IMAGE_SUFFIXES))}), got none in {names}: check the path"
         )

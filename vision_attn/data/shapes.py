@@ -16,7 +16,6 @@ before it, and the splits share no stream.
 
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ import torch
 from numpy.random import PCG64, Generator, SeedSequence
 
 from vision_attn.errors import UsageError
+from vision_attn.files import new_folder
 
 SHAPES = ("circle", "crescent", "cross", "heart", "ring", "square", "star", "triangle")
 """The classes, in the order of their labels (alphabetical, as an image folder has them)."""
@@ -138,8 +138,8 @@ class ShapesDataset(torch.utils.data.Dataset):
     Example:
         >>> dataset = ShapesDataset(8)
         >>> image, label = dataset[3]
-        >>> image.shape, dataset.classes[label], dataset.mask(3).any()
-        ((64, 64, 3), 'heart', True)
+        >>> image.shape, dataset.classes[label], dataset.mask(3).shape
+        ((64, 64, 3), 'heart', (64, 64))
     """
 
     def __init__(
@@ -223,12 +223,9 @@ def write_image_folder(
     if os.path.lexists(path):
         raise UsageError(f"expected a new folder, got {path}, which exists: name another or remove it")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        unfinished = Path(scratch, path.name)
+    with new_folder(path) as unfinished:
         for split, length in lengths.items():
             _write_split(unfinished, ShapesDataset(length, split=split, size=size, seed=seed))
-        unfinished.rename(path)
     return path
 
 
@@ -315,7 +312,7 @@ def _outlines() -> dict[str, list[np.ndarray]]:
 
 def _random_pose(rng: Generator, height: int, width: int) -> _Pose:
     """A place anywhere in the picture, the object whole; off the centre more often than a uniform draw has it."""
-    radius = min(height, width) * rng.uniform(0.14, 0.28)
+    radius = min(height, width) * rng.uniform(0.19, 0.33)
     # An arc-sine distribution on the free interval: the edges are as likely as in photos that nobody composed.
     x, y = (0.5 - 0.5 * math.cos(math.pi * turn) for turn in rng.random(2))
     rotation = rng.uniform(0, 2 * math.pi)
@@ -355,7 +352,7 @@ def _contrasting_color(rng: Generator, surrounding: np.ndarray) -> np.ndarray:
     """(3,), of sixteen random colours the one whose distance to the surrounding is nearest to a random contrast."""
     mean, deviation = cv2.meanStdDev(surrounding)
     # A restless surrounding hides what a calm one shows.
-    wanted = rng.uniform(55, 170) + deviation.mean()
+    wanted = rng.uniform(80, 190) + deviation.mean()
     candidates = rng.random((16, 3)) * 256
     distance = np.sqrt(((candidates - mean.ravel()) ** 2).sum(axis=1))
     return candidates[np.abs(distance - wanted).argmin()]
@@ -388,13 +385,13 @@ def _blend(picture: np.ndarray, coverage: np.ndarray, paint: np.ndarray) -> None
 def _background(rng: Generator, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8: clouds of colour under a texture, strewn with distractors."""
     rows, columns = rng.integers(2, 6, 2)
-    base, reach = rng.uniform(30, 226, 3), rng.uniform(15, 70)
+    base, reach = rng.uniform(50, 206) + rng.uniform(-25, 25, 3), rng.uniform(10, 40)
     clouds = _enlarge(base + (rng.random((rows, columns, 3)) * 2 - 1) * reach, height, width)
-    tint = (rng.uniform(0.5, 1, 3) * rng.uniform(6, 30)).astype(np.float32)
+    tint = (rng.uniform(0.5, 1, 3) * rng.uniform(4, 20)).astype(np.float32)
     clouds += _texture(rng, height, width)[:, :, None] * tint
     np.rint(clouds, out=clouds)
     picture = np.clip(clouds, 0, 255, out=clouds).astype(np.uint8)
-    for kind in rng.integers(len(_DISTRACTORS), size=rng.integers(4, 11)):
+    for kind in rng.integers(len(_DISTRACTORS), size=rng.integers(2, 7)):
         _DISTRACTORS[kind](picture, rng)
     return picture
 
@@ -526,12 +523,14 @@ def _points(rng: Generator, picture: np.ndarray, number: int, *, spread: float =
 
 
 def _stroke(picture: np.ndarray, rng: Generator, points: np.ndarray) -> None:
-    thickness = max(1, round(min(picture.shape[:2]) / 64 * rng.uniform(0.5, 3)))
+    thickness = max(1, round(min(picture.shape[:2]) / 64 * rng.uniform(0.5, 2)))
     cv2.polylines(picture, [_fixed(points)], False, _color(rng), thickness, cv2.LINE_AA, _SHIFT)
 
 
 def _color(rng: Generator) -> tuple[int, ...]:
-    return tuple(int(256 * level) for level in rng.random(3).tolist())
+    """A muted colour, halfway to some grey: what strews the background is mostly, not always, duller than objects."""
+    gray = 128 * rng.random()
+    return tuple(int(128 * level + gray) for level in rng.random(3).tolist())
 
 
 def _fixed(points: np.ndarray) -> np.ndarray:

@@ -112,11 +112,13 @@ def open_source(
             raise unknown(f"option of data source {kind!r}", option, known)
     source = build(path, seed=seed, shares={"validation": validation_share, "test": test_share}, **options)
     if len(source.classes) < 2:
-        raise UsageError(f"expected at least two classes, got {', '.join(source.classes) or 'none'}: add a class folder")
+        raise UsageError(
+            f"expected at least two classes, got {', '.join(source.classes) or 'none'}: add a class folder"
+        )
     return source
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 class FileImages(ImageSet):
@@ -146,7 +148,9 @@ def open_folder(path: str | Path | None, *, seed: int, shares: Mapping[str, floa
         raise UsageError("expected a folder of photos, got none: set data.path")
     root = Path(path)
     if not root.is_dir():
-        raise UsageError(f"expected a folder of photos at {root}, got {'a file' if root.exists() else 'nothing'}: check data.path")
+        raise UsageError(
+            f"expected a folder of photos at {root}, got {'a file' if root.exists() else 'nothing'}: check data.path"
+        )
     found = {
         split: next((root / name for name in names if (root / name).is_dir()), None)
         for split, names in _FOLDER_NAMES.items()
@@ -178,7 +182,9 @@ def _read_class_folders(root: Path) -> tuple[tuple[str, ...], FileImages]:
     for label, folder in enumerate(folders):
         photos = sorted(file for file in folder.rglob("*") if is_image_name(file) and file.is_file())
         if not photos:
-            raise UsageError(f"expected photos of class {folder.name!r} in {folder}, got none: add some or remove the folder")
+            raise UsageError(
+                f"expected photos of class {folder.name!r} in {folder}, got none: add some or remove the folder"
+            )
         paths += photos
         labels += [label] * len(photos)
     return tuple(folder.name for folder in folders), FileImages(paths, np.array(labels, np.int64))
@@ -189,10 +195,12 @@ def _compare_classes(expected: tuple[str, ...], got: tuple[str, ...], folder: Pa
     extra = sorted(set(got) - set(expected))
     if missing or extra:
         parts = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(extra)} not in train"] * bool(extra)
-        raise UsageError(f"expected the classes of train in {folder}, got {' and '.join(parts)}: make the class folders the same")
+        raise UsageError(
+            f"expected the classes of train in {folder}, got {' and '.join(parts)}: make the class folders the same"
+        )
 
 
-# --- splitting ---------------------------------------------------------------------------------------------------------
+# --- splitting --------------------------------------------------------------------------------------------------------
 
 
 def split_stratified(
@@ -213,8 +221,8 @@ def split_stratified(
         members = generator.permutation(np.flatnonzero(images.labels == label))
         if len(members) <= len(shares):
             raise UsageError(
-                f"expected at least {len(shares) + 1} photos of class {name!r} to split, got {len(members)}: add photos, "
-                "or set the shares to 0"
+                f"expected at least {len(shares) + 1} photos of class {name!r} to split, got {len(members)}: add "
+                "photos, or set the shares to 0"
             )
         start = 0
         for split, share in shares.items():
@@ -233,7 +241,7 @@ def _complete(
     return {**splits, **split_stratified(splits["train"], classes, missing, seed)} if missing else splits
 
 
-# --- torchvision -------------------------------------------------------------------------------------------------------
+# --- torchvision ------------------------------------------------------------------------------------------------------
 
 
 class TorchvisionImages(ImageSet):
@@ -269,7 +277,7 @@ def open_torchvision(
     download: bool = True,
     **options: Any,
 ) -> ImageSource:
-    """Returns the photos of a torchvision classification data set, downloaded to `path` where they are not there yet."""
+    """Returns the photos of a torchvision classification data set, downloaded to `path` where they are not there."""
     from torchvision import datasets
 
     known = [
@@ -325,17 +333,19 @@ def _open_torchvision_splits(
         raise UsageError(f"expected options that torchvision's {name} takes, got {options}: {error}") from error
     except (OSError, RuntimeError, ModuleNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"expected the files of torchvision's {name} in {options.get('root')}, got an error: {reason}") from error
+        raise UsageError(
+            f"expected the files of torchvision's {name} in {options.get('root')}, got an error: {reason}"
+        ) from error
 
 
 def _torchvision_labels(data: Any, name: str) -> np.ndarray:
     """Returns all labels without reading all photos, where the data set keeps them; there is no one name for them."""
-    for attribute in ("targets", "_labels", "labels", "y"):
-        values = getattr(data, attribute, None)
-        if values is not None and len(values) == len(data):
-            break
-    else:
-        samples = next((getattr(data, key) for key in ("samples", "_samples", "_image_files") if hasattr(data, key)), None)
+    kept = (getattr(data, attribute, None) for attribute in ("targets", "_labels", "labels", "y"))
+    values: Any = next((labels for labels in kept if labels is not None and len(labels) == len(data)), None)
+    if values is None:
+        samples: Any = next(
+            (getattr(data, key) for key in ("samples", "_samples", "_image_files") if hasattr(data, key)), None
+        )
         usable = isinstance(samples, list) and samples and isinstance(samples[0], tuple) and len(samples[0]) == 2
         values = [target for _, target in samples] if usable else [data[i][1] for i in range(len(data))]
     try:
@@ -347,7 +357,7 @@ def _torchvision_labels(data: Any, name: str) -> np.ndarray:
     return labels
 
 
-# --- shapes ------------------------------------------------------------------------------------------------------------
+# --- shapes -----------------------------------------------------------------------------------------------------------
 
 
 class ShapeImages(ImageSet):

@@ -44,7 +44,8 @@ def create_model(
         checkpoint: Weights from a file (`.safetensors`, or plain tensors in `.pth`, `.pt`, `.bin`, `.ckpt`) or a state
             dict. All keys have to fit, but for the head where its classes differ in number, or where the checkpoint has
             none: it then starts anew, which is logged.
-        image_size: (height, width) or one number, for networks that are built for one size (ViT, Swin); others take any.
+        image_size: (height, width) or one number, for networks that are built for one size (ViT, Swin); others take
+            any.
         position_interpolation: How a checkpoint's positions come to another grid: "timm" (antialiased) or "hf" (plain
             bicubic); see `models.weights.load_into`.
         options: What the network's constructor takes besides.
@@ -109,7 +110,7 @@ def load_checkpoint(
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the qualified names of a timm network's classifiers (two for distilled ones, none where it has no head)."""
+    """Returns the qualified names of a timm network's classifiers (two for distilled ones, none without a head)."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     modules = dict(model.named_modules())
@@ -136,7 +137,7 @@ def load_model(folder: str | Path) -> nn.Module:
 
     Returns:
         The network, (B, 3, H, W) normalised images to (B, classes) logits, with `classes` (tuple of names),
-        `preprocessing` (`data.transforms.Preprocessing`) and `layout` (`TokenLayout`, or None where there are no tokens).
+        `preprocessing` (`data.transforms.Preprocessing`) and `layout` (`TokenLayout`, None where there are no tokens).
 
     Raises:
         UsageError: the folder is not an artefact of ours, or something in it is damaged.
@@ -167,7 +168,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         there = "nothing" if not folder.exists() else f"no {' and no '.join(missing)}"
-        raise UsageError(f"expected an artefact ({CONFIG_FILE} and {WEIGHTS_FILE}) in {folder}, got {there}: give runs/<name>/export")
+        raise UsageError(
+            f"expected an artefact ({CONFIG_FILE} and {WEIGHTS_FILE}) in {folder}, got {there}: give runs/<name>/export"
+        )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -175,8 +178,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     absent = [key for key in ("architecture", "num_classes", "label_names", "vision_attn") if key not in config]
     if absent:
         raise UsageError(
-            f"expected an artefact of vision_attn in {folder}, got a config without {', '.join(absent)}: export the run, "
-            "or load the folder with timm"
+            f"expected an artefact of vision_attn in {folder}, got a config without {', '.join(absent)}: export "
+            "the run, or load the folder with timm"
         )
     return config
 

@@ -1,14 +1,12 @@
 """Our presets in timm's registry: `timm.create_model("va_vit_tiny_patch16_224")` works after `import vision_attn`.
 
-`register` is called when timm is imported, in whatever order the two come. This module imports the encoder only when
-a preset is built, since the hook may run while the encoder itself is importing timm.
+`register` is called when timm is imported, in whatever order the two come. timm and the encoder are imported inside the
+functions: the hook may run while one of our modules is itself importing timm, when nothing below its import exists yet.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
 __all__ = ["PRESETS", "register"]
@@ -22,8 +20,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "img_size": (64, 64),
         "patch_size": (8, 8),
         "stem": "conv",
-        "embed_dim": 128,
-        "depth": 4,
+        "stem_extra": 2,
+        "weight_init": "xavier",
+        "embed_dim": 64,
+        "depth": 2,
         "num_heads": 4,
         "mlp_ratio": 2.0,
     },
@@ -40,7 +40,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Descriptions (input, normalisation, first and last layer): where timm's registry looks for those of a module's models.
+default_cfgs: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Enters all presets into timm's registry; again does nothing."""
+    from timm.models import generate_default_cfgs, is_model, register_model
+
+    default_cfgs.update(generate_default_cfgs({name: _default_cfg(options) for name, options in PRESETS.items()}))
+    for name in PRESETS:
+        if not is_model(name):
+            register_model(_entry_point(name))
+
+
 def _default_cfg(options: dict[str, Any]) -> dict[str, Any]:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     return {
         "num_classes": 1000,
         "input_size": (3, *options.get("img_size", (224, 224))),
@@ -54,19 +70,10 @@ def _default_cfg(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# The name under which timm's registry looks for the descriptions of a module's models.
-default_cfgs = generate_default_cfgs({name: _default_cfg(options) for name, options in PRESETS.items()})
-
-
-def register() -> None:
-    """Enters all presets into timm's registry; again does nothing."""
-    for name in PRESETS:
-        if not is_model(name):
-            register_model(_entry_point(name))
-
-
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        from timm.models import build_model_with_cfg
+
         from vision_attn.models.vit import ViT
 
         return build_model_with_cfg(

@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTan
 POOLINGS = ("token", "avg", "map", "")
 POSITIONS = ("learn", "sincos2d", "none")
 STEMS = ("patch", "conv")
+INITS = ("trunc_normal", "xavier")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class ViTConfig:
         fc_norm: Last LayerNorm after the pooling instead of before; None means with "avg" only.
         stem: "patch", one strided convolution, or "conv", a 3 x 3 convolution of stride 2 for each halving (Xiao et al.
             2021, https://arxiv.org/abs/2106.14881).
+        stem_extra: Further 3 x 3 convolutions of stride 1 at the end of the conv stem.
+        weight_init: How linear layers of the blocks start: "trunc_normal" (0.02, as timm) or "xavier" (uniform,
+            queries, keys and values each as a matrix of its own, as the paper's code); narrow networks learn sooner
+            with it.
         act: "gelu", "gelu_tanh" or "quick_gelu".
         norm_eps: Epsilon of all LayerNorms.
         drop_rate: Dropout before the head.
@@ -105,6 +110,8 @@ class ViTConfig:
     final_norm: bool = True
     fc_norm: bool | None = None
     stem: str = "patch"
+    stem_extra: int = 0
+    weight_init: str = "trunc_normal"
     act: str = "gelu"
     norm_eps: float = 1e-6
     drop_rate: float = 0.0
@@ -122,6 +129,7 @@ class ViTConfig:
             ("kind of positions", self.pos_embed, POSITIONS),
             ("interpolation of positions", self.pos_interpolation, INTERPOLATIONS),
             ("stem", self.stem, STEMS),
+            ("weight_init", self.weight_init, INITS),
             ("activation", self.act, ACTIVATIONS),
         ):
             if name not in choices:
@@ -136,6 +144,8 @@ class ViTConfig:
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
             raise UsageError(f"expected embed_dim divisible by 4 for sincos2d, got {self.embed_dim}: round it")
         height, width = self.patch_size
+        if self.stem_extra and self.stem != "conv":
+            raise UsageError(f"expected stem='conv' for stem_extra={self.stem_extra}, got {self.stem!r}: leave it out")
         if self.stem == "conv" and (height != width or height < 2 or height & (height - 1)):
             raise UsageError(
                 f"expected a square patch with a power of two for the conv stem, got {height} x {width}: use 8 or 16"
@@ -381,7 +391,7 @@ class ViT(nn.Module):
     # What timm's tools ask for.
 
     def init_weights(self) -> None:
-        """Draws new weights as timm does: linear layers from a truncated normal of 0.02, tokens next to 0."""
+        """Draws new weights: tokens next to 0, linear layers as `weight_init` says, others from a normal of 0.02."""
         if isinstance(self.pos_embed, nn.Parameter):
             trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
@@ -392,6 +402,12 @@ class ViT(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.options.weight_init == "xavier":
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                for matrix in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, *block.mlp.parameters()):
+                    if matrix.ndim == 2:
+                        nn.init.xavier_uniform_(matrix)
 
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters that weight decay must not touch, beside biases and norms."""
@@ -524,7 +540,8 @@ class PatchEmbed(nn.Module):
     """Images (B, in_chans, H, W) to patch tokens (B, h * w, C).
 
     The plain stem is one convolution as wide as its stride, P x P. The conv stem halves the image with 3 x 3
-    convolutions of stride 2, BatchNorm and ReLU, doubling the channels up to C, and ends in a 1 x 1 convolution.
+    convolutions of stride 2, BatchNorm and ReLU, doubling the channels up to C, goes on with `stem_extra` of stride 1,
+    and ends in a 1 x 1 convolution.
     """
 
     def __init__(self, c: ViTConfig) -> None:
@@ -540,9 +557,11 @@ class PatchEmbed(nn.Module):
         else:
             halvings = c.patch_size[0].bit_length() - 1
             widths = [max(c.embed_dim >> (halvings - 1 - i), 1) for i in range(halvings)]
+            widths += [c.embed_dim] * c.stem_extra
             layers: list[nn.Module] = []
-            for wide_in, wide_out in zip([c.in_chans, *widths], widths, strict=False):
-                conv = nn.Conv2d(wide_in, wide_out, kernel_size=3, stride=2, padding=1, bias=False)
+            for i, (wide_in, wide_out) in enumerate(zip([c.in_chans, *widths], widths, strict=False)):
+                stride = 2 if i < halvings else 1
+                conv = nn.Conv2d(wide_in, wide_out, kernel_size=3, stride=stride, padding=1, bias=False)
                 layers += [conv, nn.BatchNorm2d(wide_out), nn.ReLU(inplace=True)]
             self.stem = nn.Sequential(*layers)
             self.proj = nn.Conv2d(c.embed_dim, c.embed_dim, kernel_size=1, bias=bias)
@@ -636,10 +655,10 @@ def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
         UsageError: the patch does not divide the image; the message gives the nearest sizes that it does.
     """
     (height, width), (tall, wide) = image_size, patch_size
-    if height % tall or width % wide or height < tall or width < wide:
-        near = " or ".join(
-            f"{max(height // tall, 1) * tall + up * tall} x {max(width // wide, 1) * wide + up * wide}" for up in (0, 1)
-        )
+    if height % tall or width % wide or not height or not width:
+        below = [max(side // step, 1) * step for side, step in ((height, tall), (width, wide))]
+        above = [-(-max(side, 1) // step) * step for side, step in ((height, tall), (width, wide))]
+        near = " or ".join(dict.fromkeys(f"{rows} x {columns}" for rows, columns in (below, above)))
         raise UsageError(
             f"expected image sides divisible by the patch {tall} x {wide}, got {height} x {width}: resize to {near}"
         )
@@ -731,9 +750,11 @@ def _options_of(theirs: Any, name: str) -> dict[str, Any]:
     if any(lacking.values()):
         raise _refusal(name, [part for part, absent in lacking.items() if absent])
     final_norms = [not _absent(theirs.norm), not _absent(theirs.fc_norm)]
+    (rows, columns), patch = theirs.patch_embed.grid_size, theirs.patch_embed.patch_size
     return {
-        "img_size": theirs.patch_embed.img_size,
-        "patch_size": theirs.patch_embed.patch_size,
+        # Some of timm's sizes leave a remainder that its convolution drops (384 with patch 14): take what it sees.
+        "img_size": (rows * patch[0], columns * patch[1]),
+        "patch_size": patch,
         "in_chans": theirs.in_chans,
         "num_classes": theirs.num_classes,
         "embed_dim": theirs.embed_dim,

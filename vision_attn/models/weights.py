@@ -6,6 +6,7 @@ raises `CheckpointMismatchError` with the keys, before the model is touched.
 """
 
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About pickle protocols: the file loads all the same, or the error below says why not.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "nsupported" in str(error):
             raise UsageError(
@@ -222,6 +226,7 @@ def load_into(
     tensors, prefixes = _strip_wrapper_prefixes(state, target)
     skipped = tuple(key for key in tensors if key.startswith(tuple(skip)))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     tensors, resampled = fit_positions(model, tensors, interpolation=interpolation, source_grid=source_grid)
 
     missing = tuple(key for key in target if key not in tensors)
@@ -233,13 +238,13 @@ def load_into(
     ]
     if strict:
         allowed = (*allow_missing, *skip)
-        problems += [f"{key}: missing in the checkpoint" for key in missing if not key.startswith(allowed)]
         problems += [f"{key}: not in the model" for key in unexpected]
+        problems += [f"{key}: missing in the checkpoint" for key in missing if not key.startswith(allowed)]
     if problems:
         raise _mismatch(model, state, problems)
 
     used = {key: tensor for key, tensor in tensors.items() if key in target}
-    casts = Counter((tensor.dtype, target[key].dtype) for key, tensor in used.items())
+    casts = Counter((dtypes[key], target[key].dtype) for key in used)
     model.load_state_dict(used, strict=False)
     return LoadReport(
         loaded=tuple(used),
@@ -293,8 +298,9 @@ def fit_positions(
         )
     if tuple(source_grid) == tuple(grid):
         return tensors, ()
+    # In the model's dtype: half precision would round what the interpolation computes.
     fitted = resample_positions(
-        positions, grid, source_grid, num_prefix=num_prefix, interpolation=interpolation
+        positions.to(wanted.dtype), grid, source_grid, num_prefix=num_prefix, interpolation=interpolation
     )
     line = f"pos_embed {source_grid[0]} x {source_grid[1]} -> {grid[0]} x {grid[1]} ({interpolation})"
     return {**tensors, "pos_embed": fitted}, (line,)
@@ -315,14 +321,16 @@ def _source_grid(num_patches: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 def _mismatch(model: nn.Module, state: Mapping[str, Tensor], problems: list[str]) -> CheckpointMismatchError:
     source = getattr(state, "source", "") or "the state dict"
-    return CheckpointMismatchError(
+    error = CheckpointMismatchError(
         f"expected {source} to fit {type(model).__name__}, got {len(problems)} differences "
         f"({_shorten(problems, separator='; ')}): take the matching architecture, "
         "or name what to leave out, as in skip=('head.',)"
     )
+    error.add_note("\n".join(problems))  # the line stays readable, the traceback has every key
+    return error
 
 
-def _shorten(entries: Sequence[str], *, separator: str = ", ", limit: int = 40) -> str:
+def _shorten(entries: Sequence[str], *, separator: str = ", ", limit: int = 20) -> str:
     rest = len(entries) - limit
     return separator.join(entries[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
 

@@ -29,7 +29,9 @@ class EpochLines(pl.Callback):
         shown = [f"{key} {values[key]:.4f}" for key in ("train/loss", "val/loss") if key in values]
         shown += [f"{key} {values[key]:.2%}" for key in ("val/top1", "val/f1") if key in values]
         seconds = time.perf_counter() - self.start
-        self.console.print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(shown)}  {seconds:.0f} s")
+        self.console.print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(shown)}  {seconds:.0f} s"
+        )
 
 
 class RunPlots(pl.Callback):

@@ -1,12 +1,13 @@
 """The classifier as Lightning trains it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
@@ -78,8 +79,8 @@ class Classifier(pl.LightningModule):
             self.network = self.network.to(memory_format=torch.channels_last)
         freeze_modules(self.network, freeze or [])
         own = resolve_model_data_config(self.network)
-        self.mean: tuple[float, ...] = tuple(mean or own["mean"])
-        self.std: tuple[float, ...] = tuple(std or own["std"])
+        self.mean = _colours("mean", mean or own["mean"])
+        self.std = _colours("std", std or own["std"])
         self.optim = optim
         self.label_smoothing = label_smoothing
         metrics = _metrics(num_classes)
@@ -144,7 +145,7 @@ class Classifier(pl.LightningModule):
         self.test_metrics.reset()
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Sets the mode of all modules; those whose weights are all frozen stay in evaluation mode (batch norms, drops)."""
+        """Sets the mode of all modules; those that are frozen whole stay in evaluation mode (batch norms, drops)."""
         super().train(mode)
         for module in self.network.modules():
             parameters = list(module.parameters())
@@ -165,6 +166,13 @@ class Classifier(pl.LightningModule):
         scheduler.step_update(num_updates=self.global_step)
 
 
+def _colours(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UsageError(f"expected red, green and blue for model.{name}, got {list(values)}: give three numbers")
+    red, green, blue = values
+    return red, green, blue
+
+
 def freeze_modules(network: nn.Module, beginnings: list[str]) -> None:
     """Makes the parameters whose names start with one of `beginnings` keep their values.
 
@@ -182,7 +190,9 @@ def freeze_modules(network: nn.Module, beginnings: list[str]) -> None:
         for parameter in matched:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UsageError(f"expected something left to train, got model.freeze {beginnings}, which covers all: shorten it")
+        raise UsageError(
+            f"expected something left to train, got model.freeze {beginnings}, which covers all: shorten it"
+        )
 
 
 def _metrics(num_classes: int) -> MetricCollection:

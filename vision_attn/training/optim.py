@@ -39,9 +39,11 @@ class OptimConfig:
         if self.lr <= 0:
             raise UsageError(f"expected model.optim.lr above 0, got {self.lr}: 5e-4 is usual")
         if not 0 < self.layer_decay <= 1:
-            raise UsageError(f"expected model.optim.layer_decay within (0, 1], got {self.layer_decay}: 0.65 to 1 is usual")
+            raise UsageError(
+                f"expected model.optim.layer_decay within (0, 1], got {self.layer_decay}: 0.65 to 1 is usual"
+            )
         if self.name not in list_optimizers():
-            raise unknown("optimizer", self.name, list_optimizers())
+            raise unknown("optimizer", self.name, map(str, list_optimizers()))
 
 
 def create_optimizer(network: nn.Module, config: OptimConfig) -> Optimizer:

@@ -1,12 +1,10 @@
-"""`vision-attn fit|validate|test|predict`: LightningCLI over our classifier and our data, with one folder for each run."""
+"""`vision-attn fit|validate|test|predict`: LightningCLI over our classifier and our data, a folder for each run."""
 
 import csv
+import io
 import json
 import logging
-import os
 import re
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +20,15 @@ from pytorch_lightning.callbacks import (
     RichProgressBar,
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.table import Table
 
 from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.errors import UsageError
+from vision_attn.files import free_path, is_taken, write_whole
 from vision_attn.metrics.intervals import wilson_interval
-from vision_attn.registry import close_names
+from vision_attn.registry import close_names, unknown
 from vision_attn.training.callbacks import EpochLines, RunPlots
 from vision_attn.training.module import Classifier
 from vision_attn.viz.plots import confusion_matrix
@@ -77,7 +76,11 @@ _LIGHTNING_ADVICE: tuple[tuple[type[Warning], str], ...] = (
     (UserWarning, r".*The number of training batches .* is smaller than the logging interval.*"),
     (UserWarning, r".*Checkpoint directory .* exists and is not empty.*"),
     (UserWarning, r".*Consider setting `persistent_workers=True`.*"),
+    (UserWarning, r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint.*"),
     (UserWarning, r".*LightningCLI's args parameter is intended to run from within Python.*"),
+    # LightningCLI calls what jsonargparse will drop in its version 5.
+    (DeprecationWarning, r"(?s).*JsonargparseDeprecationWarning"),
+    (DeprecationWarning, r"(?s).*deprecated\s+in\s+v4\.\d+\.\d+\s+and\s+will\s+be\s+removed\s+in\s+v5"),
     (FutureWarning, r".*LeafSpec.*"),
     (DeprecationWarning, r".*LeafSpec.*"),
 )
@@ -86,33 +89,49 @@ _LIGHTNING_ADVICE: tuple[tuple[type[Warning], str], ...] = (
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line that offers close names."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises what is wrong with the arguments or the config as a `UsageError`."""
         raise UsageError(one_line(message, self._known_keys())) from ex
 
     def _known_keys(self) -> list[str]:
-        keys: list[str] = []
+        keys = [action.dest for action in self._actions if action.dest not in ("help", "subcommand")]
         for action in self._actions:
-            if action.dest and action.dest not in ("help", "subcommand"):
-                keys.append(action.dest)
-        for parser in (getattr(self, "_subcommands_action", None) and self._subcommands_action.choices or {}).values():  # type: ignore[union-attr]
-            keys += parser._known_keys()
+            # The commands' parsers, on the parser above them.
+            for parser in (getattr(action, "_name_parser_map", None) or {}).values():
+                keys += parser._known_keys()
         return keys
 
 
 def one_line(message: str, known: Iterable[str]) -> str:
     """Returns jsonargparse's explanation as one line: what is wrong, and close names for a key that is unknown."""
     text = re.sub(r"\s+", " ", message).strip()
-    known = sorted(set(known))
-    wrong = re.search(r"""(?:[Kk]ey|[Oo]ption|argument|Key) ['"]([\w.\-]+)['"] is not expected""", text) or re.search(
-        r"""(?:Unrecognized arguments|unrecognized arguments|Does not accept|No such option)[^-\w]*(?:--)?([\w.\-]+)""", text
-    )
-    if wrong:
-        key = wrong.group(1)
-        close = close_names(key, known) or close_names(key.rsplit(".", 1)[-1], known)
-        advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "see vision-attn fit --help"
-        return f"expected a known config key, got {key!r}: {advice}"
+    for pattern in _UNKNOWN_KEY:
+        if found := re.search(pattern, text):
+            key = found.group(1)
+            close = close_names(key, set(known)) or close_names(key.rsplit(".", 1)[-1], set(known))
+            advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "see vision-attn fit --help"
+            return f"expected a known config key, got {key!r}: {advice}"
+    if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", text):
+        return f"expected a value for {found.group(1)}, got none: give --{found.group(1)} or set it in the config"
+    if found := re.search(r'Parser key "([\w.]+)"', text):
+        key, types = found.group(1), dict.fromkeys(re.findall(r"<class '([\w.]+)'>", text.split("Given value")[0]))
+        value = re.search(r"(?:Given value|Got value): (.*)$", text)
+        if choices := re.search(r"typing\.Literal\[(.*?)\]", text):
+            names = re.findall(r"'([^']*)'", choices.group(1))
+            return str(unknown(key, value.group(1) if value else "", names))
+        if types and value:
+            wanted = " or ".join("nothing" if name == "NoneType" else name for name in types)
+            return f"expected {wanted} for {key}, got {value.group(1)}: correct it"
+        return f"{key}: {text.split(':', 1)[1].strip()}"
     return text
+
+
+# The ways in which jsonargparse and argparse say that a key is unknown.
+_UNKNOWN_KEY = (
+    r"""(?:[Kk]ey|[Oo]ption|[Aa]rgument) ['"]([\w.\-]+)['"] is not expected""",
+    r"""does not accept (?:nested key|option|key) ['"]([\w.\-]+)['"]""",
+    r"""[Uu]nrecognized arguments: (?:--)?([\w.\-]+)""",
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -134,7 +153,9 @@ class TrainingCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Returns the parser with errors of one line."""
-        parser = OneLineParser(**{**kwargs, "description": "Train, validate, test and predict with image classifiers."})
+        parser = OneLineParser(
+            allow_abbrev=False, **{**kwargs, "description": "Train, validate, test and predict with image classifiers."}
+        )
         parser.add_argument("-c", "--config", action="config", help="YAML file; later ones override earlier ones.")
         return parser
 
@@ -144,10 +165,16 @@ class TrainingCLI(LightningCLI):
             "--run_dir", type=str | None, default=None, help="The run's folder; a new runs/<model> where left out."
         )
         parser.add_argument(
-            "--ema", type=float | None, default=None, help="Decay of the weight average, such as 0.999; none where left out."
+            "--ema",
+            type=float | None,
+            default=None,
+            help="Decay of the weight average, such as 0.999; none where left out.",
         )
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the checkpoint to `carry_out`: all of a run's config is in its YAML, none in its checkpoints."""
 
     def before_instantiate_classes(self) -> None:
         """Chooses the run's folder, and refuses one that is taken."""
@@ -155,9 +182,11 @@ class TrainingCLI(LightningCLI):
         fit = self.config.subcommand == "fit"
         if config.run_dir is None:
             if not fit:
-                raise UsageError("expected the folder of the run, got none: give --run_dir or --config runs/<name>/config.yaml")
+                raise UsageError(
+                    "expected the folder of the run, got none: give --run_dir or --config runs/<name>/config.yaml"
+                )
             config.run_dir = str(free_path(Path("runs") / config.model.name.replace("/", "_")))
-        elif fit and _is_taken(Path(config.run_dir)):
+        elif fit and is_taken(Path(config.run_dir)):
             raise UsageError(
                 f"expected a new folder for the run, got {config.run_dir}, which exists: choose another with --run_dir"
             )
@@ -177,8 +206,11 @@ class TrainingCLI(LightningCLI):
             callbacks = []
         config["enable_model_summary"] = False
         if fit:
-            if config.get("logger") in (None, True):
-                config["logger"] = CSVLogger(self.run_dir, name="", version="")
+            # First, for the trainer's log_dir is that of the first: config, metrics and curves stay with the run.
+            others = config.get("logger")
+            others = others if isinstance(others, list) else [others]
+            csv_logger = CSVLogger(self.run_dir, name="", version="")
+            config["logger"] = [csv_logger, *(other for other in others if isinstance(other, Logger))]
             callbacks += [
                 ModelCheckpoint(
                     dirpath=self.run_dir / BEST.parent,
@@ -197,6 +229,8 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(EMAWeightAveraging(decay=self.ema))
         else:
             config["logger"] = False
+            # The run has its config already.
+            self.save_config_callback = None
         return self._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -219,7 +253,7 @@ class TrainingCLI(LightningCLI):
             path = write_predictions(self.run_dir, self.datamodule, predictions or [])
             Console(soft_wrap=True).print(f"predictions: {path}")
             return Run(self.run_dir, self.model, self.datamodule, {})
-        found = getattr(self.trainer, command)(**kwargs, verbose=False)
+        found = getattr(self.trainer, command)(**{**kwargs, "verbose": False})
         metrics = {key: float(value) for key, value in found[0].items()}
         report_evaluation(self.run_dir, self.model, self.datamodule, metrics)
         return Run(self.run_dir, self.model, self.datamodule, metrics)
@@ -232,19 +266,6 @@ class TrainingCLI(LightningCLI):
         score = self.trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
         metrics = {} if score is None else {"val/top1": float(score)}
         return Run(self.run_dir, self.model.eval(), self.datamodule, metrics)
-
-
-def _is_taken(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def free_path(path: Path) -> Path:
-    """Returns `path`, or the first of `path`-2, `path`-3, ... that does not exist (before the suffix, for a file)."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}" if path.suffix else f"{path.name}-{number}")
-    return candidate
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -276,7 +297,9 @@ def report_evaluation(run_dir: Path, classifier: Classifier, data: ImageDataModu
     table.add_column("value", justify="right")
     for key, value in metrics.items():
         text = f"{value:.4f}" if key.endswith("loss") else f"{value:.2%}"
-        table.add_row(key, f"{text} ({correct} of {total}, 95 % {low:.1%} to {high:.1%})" if key.endswith("top1") else text)
+        table.add_row(
+            key, f"{text} ({correct} of {total}, 95 % {low:.1%} to {high:.1%})" if key.endswith("top1") else text
+        )
     Console().print(table)
     path = free_path(run_dir / f"{stage}.json")
     content = {
@@ -287,7 +310,7 @@ def report_evaluation(run_dir: Path, classifier: Classifier, data: ImageDataModu
         "classes": list(data.classes),
         "confusion": matrix.tolist(),
     }
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
     picture = confusion_matrix(path.with_name(f"{path.stem}_confusion.png"), matrix.numpy(), data.classes)
     Console(soft_wrap=True).print(f"results: {path}, {picture}")
     return path
@@ -305,19 +328,6 @@ def write_predictions(run_dir: Path, data: ImageDataModule, predictions: Sequenc
                 [images.name(index), data.classes[images.labels[index]], data.classes[best], f"{row[best]:.6f}"]
                 + [f"{value:.6f}" for value in row]
             )
-    with tempfile.SpooledTemporaryFile(mode="w+", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-        file.seek(0)
-        write_text(path, file.read())
-    return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    return write_whole(path, table.getvalue())

@@ -1,0 +1,122 @@
+"""Batches are the same for the same seed, whatever reads them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vision_attn.data.datamodule import EpochSampler, ImageDataModule, ImageDataset
+from vision_attn.errors import UsageError
+
+
+def photos(root, counts=(12, 8)):
+    generator = np.random.default_rng(0)
+    for name, count in zip("ab", counts, strict=True):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def module(root, **options):
+    return ImageDataModule(path=str(root), **{"image_size": 16, "batch_size": 4, "num_workers": 0, **options})
+
+
+def test_batches_are_uint8_channels_last_with_labels_and_indices(tmp_path):
+    data = module(photos(tmp_path))
+    images, labels, indices = next(iter(data.train_dataloader()))
+    assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.tolist() == data.splits["train"].labels[indices].tolist()
+
+
+def test_workers_do_not_change_what_is_read(tmp_path):
+    photos(tmp_path)
+    for epoch in (0, 3):
+        epochs = []
+        for workers in (0, 2):
+            loader = module(tmp_path, num_workers=workers).train_dataloader()
+            loader.sampler.set_epoch(epoch)
+            epochs.append(torch.cat([images for images, _, _ in loader]))
+        assert torch.equal(*epochs)
+
+
+def test_epochs_differ_in_order_and_augmentation(tmp_path):
+    data = module(photos(tmp_path))
+    dataset = data.train_dataloader().dataset
+    assert not torch.equal(dataset[0, 5][0], dataset[1, 5][0])
+    assert torch.equal(dataset[1, 5][0], dataset[1, 5][0])
+    sampler = EpochSampler(20, seed=0)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append([index for _, index in sampler])
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
+
+
+def test_evaluation_is_not_augmented(tmp_path):
+    data = module(photos(tmp_path), validation_share=0.5)
+    first, second = ([images for images, _, _ in data.val_dataloader()] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_damaged_photo_is_named_before_the_run_or_skipped_with_a_count(tmp_path):
+    photos(tmp_path)
+    (tmp_path / "a" / "broken.jpg").write_text("no photo")
+    with pytest.raises(UsageError, match=r"a/broken.jpg, got a file that is no image.*set data.damaged to skip"):
+        module(tmp_path).check()
+    for check in ("frame", "decode"):
+        data = module(tmp_path, damaged="skip", check=check)
+        assert data.check() == 1
+        assert sum(map(len, data.splits.values())) == 20
+        assert sum(len(images) for images, _, _ in data.train_dataloader()) == 16
+
+
+def test_a_photo_that_breaks_during_training_is_named(tmp_path):
+    data = module(photos(tmp_path))
+    name = data.splits["train"].name(0)
+    with open(name, "wb") as file:
+        file.write(b"gone")
+    with pytest.raises(UsageError, match=name):
+        list(data.train_dataloader())
+
+
+def test_transforms_that_leave_another_size_are_refused(tmp_path):
+    data = module(photos(tmp_path), train_transforms=["HorizontalFlip"])
+    with pytest.raises(UsageError, match="expected transforms that leave 16 x 16 pixels, got 40 x 56"):
+        list(data.train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size of at least 1"),
+        ({"batch_size": 99}, "at least one batch of 99"),
+        ({"image_size": [3]}, "expected an image size"),
+        ({"crop_pct": 0.0}, "crop_pct within"),
+        ({"train_transforms": ["Flipp"]}, "known transform, got 'Flipp'"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(tmp_path, options, message):
+    photos(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        module(tmp_path, **options).train_dataloader()
+
+
+def test_missing_splits_are_named(tmp_path):
+    data = module(photos(tmp_path), validation_share=0.0)
+    with pytest.raises(UsageError, match="expected validation photos, got none"):
+        data.val_dataloader()
+
+
+def test_large_photos_are_read_smaller_for_training_only(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"):
+        Image.new("RGB", (400, 300)).save(tmp_path / name)
+    data = module(tmp_path, validation_share=0.5, batch_size=1)
+    train: ImageDataset = data.train_dataloader().dataset
+    assert train.images.read(0, min_size=train.min_size).shape == (38, 50, 3)
+    assert data.val_dataloader().dataset.min_size is None
