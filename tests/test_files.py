@@ -39,3 +39,9 @@ def test_an_empty_folder_is_free(tmp_path):
     (tmp_path / "x").touch()
     assert is_taken(tmp_path)
     assert is_taken(tmp_path / "x")
+
+
+def test_a_link_to_nowhere_is_taken(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    assert is_taken(tmp_path / "run")
+    assert free_path(tmp_path / "run") == tmp_path / "run-2"

@@ -44,7 +44,7 @@ def test_every_preset_builds_with_its_config(name: str) -> None:
 
 def test_the_demo_preset_is_small_and_has_an_eight_by_eight_grid() -> None:
     model = timm.create_model("va_vit_micro_stem8_64", num_classes=8)
-    assert 0.4e6 < sum(parameter.numel() for parameter in model.parameters()) < 1e6
+    assert sum(parameter.numel() for parameter in model.parameters()) < 0.2e6
     assert model.token_layout().grid == (8, 8)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 8)
 
@@ -84,6 +84,6 @@ def test_timm_loads_a_folder_with_our_config_and_weights(tmp_path: Path, archite
 
 
 def test_timm_extracts_feature_maps_from_a_preset() -> None:
-    model = timm.create_model("va_vit_micro_stem8_64", features_only=True, out_indices=(1, 3))
-    assert [tuple(x.shape) for x in model(torch.zeros(1, 3, 64, 32))] == [(1, 128, 8, 4)] * 2
+    model = timm.create_model("va_vit_micro_stem8_64", features_only=True, out_indices=(0, 1))
+    assert [tuple(x.shape) for x in model(torch.zeros(1, 3, 64, 32))] == [(1, 64, 8, 4)] * 2
     assert model.feature_info.reduction() == [8, 8]

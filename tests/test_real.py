@@ -1,8 +1,8 @@
 """On real photos with real weights: what was measured elsewhere comes out here too.
 
-The yardstick: the heads that come with the weights were trained on frozen features by other code, which measured 310 and
-329 right of 372. Reading, preprocessing, normalisation, position resampling and loading all have to be right to get
-there.
+The yardstick: the heads that come with the weights were trained on frozen features by other code, which measured 310
+and 329 right of 372. Reading, preprocessing, normalisation, position resampling and loading all have to be right to
+get there.
 """
 
 import csv

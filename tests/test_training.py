@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,25 @@ def test_the_saved_config_tests_and_predicts_the_run(finished, capsys):
     # Again: nothing is overwritten.
     assert main(["test", "--config", str(finished / "config.yaml")]) == 0
     assert (finished / "test-2.json").is_file()
+    assert main(["validate", "--config", str(finished / "config.yaml")]) == 0
+    assert json.loads((finished / "val.json").read_text())["total"] == 16
     assert "95 %" in capsys.readouterr().out
+
+
+def test_the_terminal_has_our_lines_alone_and_the_run_its_log(tmp_path):
+    path, saved = write_config(tmp_path), str(tmp_path / "run" / "config.yaml")
+    fit = ["fit", "--config", str(path), "--run_dir", str(tmp_path / "run"), "--trainer.logger", "false"]
+    commands = [fit, *([command, "--config", saved] for command in ("test", "predict"))]
+    # A process of its own: here, pytest has warnings and logs in its hands.
+    code = f"from vision_attn.cli import main\nfor command in {commands}:\n    assert main(command) == 0"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert ended.stderr == ""
+    lines = [line.strip().split("  ")[0] for line in ended.stdout.splitlines()]
+    assert lines[:3] == ["epoch 1/2", "epoch 2/2", "test, 16 photos"]
+    assert [line.split(":")[0] for line in lines[-2:]] == ["results", "predictions"]
+    assert all(line.startswith(("┏", "┃", "┡", "│", "└")) for line in lines[3:-2])
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "run"]
 
 
 def test_a_run_is_never_overwritten(finished, capsys):
@@ -208,6 +228,10 @@ def test_metrics_are_those_of_the_whole_split_not_the_mean_of_batches():
         ({"data__options": {"trian": 3}}, "did you mean 'train'"),
         ({"data__damaged": "skipp"}, "did you mean 'skip'"),
         ({"trainer__max_epochs": "many"}, "expected int or nothing for trainer.max_epochs, got many"),
+        ({"trainer__precision": "bf61-mixed"}, "did you mean 'bf16-mixed'"),
+        ({"trainer__accelerator": "gpuu"}, "Available names are"),
+        ({"trainer__enable_checkpointing": False}, "enable_checkpointing=False"),
+        ({"model__mean": [0.5]}, "red, green and blue for model.mean, got [0.5]"),
         ({"ema": 1.5}, "ema within"),
         ({"datta__path": "photos"}, "got 'datta.path': did you mean 'data.path'"),
     ],
@@ -242,6 +266,11 @@ def test_commands_without_a_run_say_what_they_need(tmp_path, capsys):
     assert "expected the folder of the run" in capsys.readouterr().err
     assert main(["test", "--config", str(path), "--run_dir", str(tmp_path / "none")]) == 2
     assert "fit the run first" in capsys.readouterr().err
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["fit", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert f"expected a config file at {tmp_path / 'none.yaml'}, got nothing" in capsys.readouterr().err
 
 
 def test_parser_messages_become_one_line():

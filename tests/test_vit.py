@@ -161,6 +161,31 @@ def test_conv_stem_halves_the_image_with_each_convolution() -> None:
     assert model(images).shape == (2, 5)
 
 
+def test_extra_convolutions_end_the_stem_at_full_width_and_keep_the_grid() -> None:
+    plain, extra = (ViT(**TINY, stem="conv", stem_extra=number) for number in (0, 2))
+    # Each 3 x 3 convolution of 32 to 32 channels without bias, and the weight and bias of its BatchNorm.
+    added = sum(p.numel() for p in extra.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert added == 2 * (3 * 3 * 32 * 32 + 2 * 32)
+    convolutions = [layer for layer in extra.patch_embed.stem if isinstance(layer, nn.Conv2d)]
+    assert [layer.stride[0] for layer in convolutions] == [2, 2, 2, 1, 1]
+    assert [layer.out_channels for layer in convolutions] == [8, 16, 32, 32, 32]
+    assert extra.patch_embed(images_of(1, 3, 32, 48)).shape == (1, 4 * 6, 32)
+
+
+def test_xavier_draws_queries_keys_and_values_each_as_a_matrix_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = ViT(**TINY, weight_init="xavier")
+    # Uniform within sqrt(6 / (rows + columns)); 1,024 draws or more come within 2 % of the bound.
+    square, wide = (6 / (32 + 32)) ** 0.5, (6 / (32 + 4 * 32)) ** 0.5
+    for block in model.blocks:
+        matrices = [*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight]
+        for matrix, bound in zip(matrices, [square] * 4 + [wide] * 2, strict=True):
+            assert 0.98 * bound < float(matrix.detach().abs().max()) <= bound
+            assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert not block.attn.qkv.bias.any() and not block.mlp.fc1.bias.any()
+    assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
 def test_attention_is_fused() -> None:
     class Names(TorchFunctionMode):
         def __init__(self) -> None:

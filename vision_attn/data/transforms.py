@@ -151,6 +151,9 @@ def _build_transform(spec: TransformSpec, known: set[str]) -> A.BasicTransform:
 def find_geometry(pipeline: A.Compose, image: np.ndarray) -> tuple[np.ndarray, Geometry]:
     """Returns what a pipeline makes of a photo, and where it put it.
 
+    Exact for resizes, crops and pads. Albumentations mirrors key points about the centres of pixels and scales them
+    about their edges, so a flip or a quarter turn in an evaluation pipeline is off by up to a pixel.
+
     Args:
         pipeline: From `build_pipeline`; its spatial transforms must be affine (resize, crop, pad, flip, quarter turns).
         image: uint8 (H, W, 3).

@@ -21,6 +21,7 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -111,13 +112,15 @@ def one_line(message: str, known: Iterable[str]) -> str:
             close = close_names(key, set(known)) or close_names(key.rsplit(".", 1)[-1], set(known))
             advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "see vision-attn fit --help"
             return f"expected a known config key, got {key!r}: {advice}"
+    if found := re.search(r"File does not exist: '(.+?)'", text):
+        return f"expected a config file at {found.group(1)}, got nothing: correct --config"
     if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", text):
         return f"expected a value for {found.group(1)}, got none: give --{found.group(1)} or set it in the config"
     if found := re.search(r'Parser key "([\w.]+)"', text):
         key, types = found.group(1), dict.fromkeys(re.findall(r"<class '([\w.]+)'>", text.split("Given value")[0]))
         value = re.search(r"(?:Given value|Got value): (.*)$", text)
-        if choices := re.search(r"typing\.Literal\[(.*?)\]", text):
-            names = re.findall(r"'([^']*)'", choices.group(1))
+        if choices := re.findall(r"typing\.Literal\[(.*?)\]", text):
+            names = [name.strip(" '") for group in choices for name in group.split(",")]
             return str(unknown(key, value.group(1) if value else "", names))
         if types and value:
             wanted = " or ".join("nothing" if name == "NoneType" else name for name in types)
@@ -231,7 +234,11 @@ class TrainingCLI(LightningCLI):
             config["logger"] = False
             # The run has its config already.
             self.save_config_callback = None
-        return self._instantiate_trainer(config, callbacks)
+        try:
+            return self._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            reason = re.sub(r"\s+", " ", str(error)).strip()
+            raise UsageError(f"expected trainer options that Lightning can use here, got: {reason}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Puts off what LightningCLI would do now to `carry_out`."""
