@@ -224,6 +224,9 @@ def test_metrics_are_those_of_the_whole_split_not_the_mean_of_batches():
         ({"model__checkpoint": "absent.pth"}, "absent.pth"),
         ({"model__freeze": ["blok"]}, "matches none"),
         ({"data__image_size": 33}, "divisible by the patch 8 x 8"),
+        ({"data__train_transforms": [{"Resize": {"height": 8, "width": 8}}]}, "expected transforms that leave 32 x 32"),
+        ({"data__options": {"size": 32, "train": 24, "validation": 0}}, "expected validation photos, got none"),
+        ({"data__batch_size": 99}, "at least one batch of 99"),
         ({"data__source": "shaps"}, "did you mean 'shapes'"),
         ({"data__options": {"trian": 3}}, "did you mean 'train'"),
         ({"data__damaged": "skipp"}, "did you mean 'skip'"),
@@ -258,6 +261,13 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "ran" not in printed.out.split()
     assert printed.err.count("refused") + printed.err.count("no code to unpickle") == 2
+
+
+def test_a_run_is_tested_without_the_weights_that_it_started_from(finished, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config["model"]["checkpoint"] = str(tmp_path / "moved-away.safetensors")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["validate", "--config", str(tmp_path / "config.yaml")]) == 0
 
 
 def test_commands_without_a_run_say_what_they_need(tmp_path, capsys):

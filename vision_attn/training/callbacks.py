@@ -45,13 +45,21 @@ class RunPlots(pl.Callback):
         """Draws what is there."""
         if not trainer.is_global_zero:
             return
-        if trainer.logger is not None:
-            trainer.logger.save()
-        metrics = self.run_dir / "metrics.csv"
-        if metrics.is_file():
-            learning_curves(self.run_dir / "curves.png", metrics)
+        self._draw_curves(trainer)
         top1 = float(trainer.callback_metrics.get("val/top1", -1.0))
         if top1 > self.best:
             self.best = top1
             matrix = pl_module.val_confusion.compute().cpu().numpy()
             confusion_matrix(self.run_dir / "confusion.png", matrix, trainer.datamodule.classes)  # type: ignore[attr-defined]
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws the curves once more: an epoch's training loss is logged after the end of the epoch."""
+        if trainer.is_global_zero:
+            self._draw_curves(trainer)
+
+    def _draw_curves(self, trainer: pl.Trainer) -> None:
+        if trainer.logger is not None:
+            trainer.logger.save()
+        metrics = self.run_dir / "metrics.csv"
+        if metrics.is_file():
+            learning_curves(self.run_dir / "curves.png", metrics)

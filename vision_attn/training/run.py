@@ -148,7 +148,7 @@ class TrainingCLI(LightningCLI):
             run=True,
             seed_everything_default=0,
             save_config_kwargs={"config_filename": "config.yaml"},
-            trainer_defaults={"max_epochs": 10, "accelerator": "auto"},
+            trainer_defaults={"max_epochs": 10, "accelerator": "auto", "log_every_n_steps": 10},
         )
 
     # LightningCLI parses, instantiates and runs in its constructor. The run's folder and the photos are looked at
@@ -193,6 +193,9 @@ class TrainingCLI(LightningCLI):
             raise UsageError(
                 f"expected a new folder for the run, got {config.run_dir}, which exists: choose another with --run_dir"
             )
+        if not fit:
+            # The weights come from the run's checkpoint: those that it started from need not be there any more.
+            config.model.checkpoint, config.model.pretrained = None, False
         if config.ema is not None and not 0 < config.ema < 1:
             raise UsageError(f"expected ema within (0, 1), got {config.ema}: 0.999 is usual")
         self.run_dir = Path(config.run_dir)
@@ -246,6 +249,7 @@ class TrainingCLI(LightningCLI):
     def carry_out(self, command: str) -> Run:
         """Looks at the photos, runs the command, and returns what came of it."""
         self.datamodule.check()
+        self._try_data(command)
         kwargs = self._prepare_subcommand_kwargs(command)
         if command == "fit":
             if kwargs.get("ckpt_path"):
@@ -264,6 +268,17 @@ class TrainingCLI(LightningCLI):
         metrics = {key: float(value) for key, value in found[0].items()}
         report_evaluation(self.run_dir, self.model, self.datamodule, metrics)
         return Run(self.run_dir, self.model, self.datamodule, metrics)
+
+    def _try_data(self, command: str) -> None:
+        """Reads a photo of each split that the command needs: what cannot work ends before anything is written."""
+        loaders = {
+            "fit": (self.datamodule.train_dataloader, self.datamodule.val_dataloader),
+            "validate": (self.datamodule.val_dataloader,),
+            "test": (self.datamodule.test_dataloader,),
+            "predict": (self.datamodule.predict_dataloader,),
+        }
+        for loader in loaders[command]:
+            loader().dataset[0]
 
     def _finished_fit(self) -> Run:
         best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
