@@ -1,27 +1,29 @@
-# `make demo` and `make test` need Python 3.11 or later and nothing else: each sets up its environment in .venv first.
+# `make demo` and `make test` need Python 3.11 or later and nothing else: each sets up its environment in $(VENV) first.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: demo test check setup
 
-demo: .venv/run.stamp
+demo: $(VENV)/run.stamp
 	$(BIN)/python scripts/demo.py
 
-test: .venv/dev.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test
+test: $(VENV)/dev.stamp
+	PATH="$(abspath $(BIN)):$$PATH" scripts/test
 
-check: .venv/dev.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+check: $(VENV)/dev.stamp
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
 
-setup: .venv/dev.stamp
+setup: $(VENV)/dev.stamp
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or later, got %d.%d: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-.venv/run.stamp: setup.cfg pyproject.toml | .venv/bin/python
+$(VENV)/run.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-.venv/dev.stamp: setup.cfg pyproject.toml | .venv/bin/python
+$(VENV)/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	touch $@ .venv/run.stamp
+	touch $@ $(VENV)/run.stamp

@@ -7,15 +7,23 @@ Takes what `vision-attn fit` takes, and insists on weights to start from:
 """
 
 import sys
+from pathlib import Path
+
+import yaml
 
 from vision_attn.cli import main
 
 
 def has_weights(arguments: list[str]) -> bool:
-    """Returns whether the arguments name weights to start from, or a config, which may."""
-    return any(
-        a.startswith(("--model.checkpoint", "--model.pretrained", "--config", "-c", "--help")) for a in arguments
-    )
+    """Returns whether the arguments, or the configs that they name, give weights to start from."""
+    if any(argument.startswith(("--model.checkpoint", "--model.pretrained", "--help")) for argument in arguments):
+        return True
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    paths = [value for name, value in pairs if name in ("--config", "-c")]
+    paths += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    configs = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in paths if Path(path).is_file()]
+    models = [config.get("model") or {} for config in configs if isinstance(config, dict)]
+    return any(model.get("checkpoint") or model.get("pretrained") for model in models)
 
 
 if __name__ == "__main__":

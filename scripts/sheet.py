@@ -39,7 +39,7 @@ def main() -> int:
             )
             for done in look(model, photos, {}, method=options.method)
         ]
-        print(contact_sheet(options.sheet, items, items_per_row=4, cell=160, title=f"{options.method}, first photos"))
+        print(contact_sheet(options.sheet, items, items_per_row=4, cell=128, title=f"{options.method}, first photos"))
     except (UsageError, OSError) as error:
         print(f"sheet.py: {error}", file=sys.stderr)
         return 2

@@ -74,6 +74,38 @@ def test_a_damaged_photo_is_named_before_the_run_or_skipped_with_a_count(tmp_pat
         assert sum(len(images) for images, _, _ in data.train_dataloader()) == 16
 
 
+def test_skipped_photos_are_told_in_a_line_for_each_split(tmp_path):
+    photos(tmp_path / "train")
+    photos(tmp_path / "val")
+    for name in ("train/a/x1", "train/a/x2", "train/b/x3", "train/b/x4", "train/b/x5", "val/b/x6"):
+        (tmp_path / f"{name}.jpg").write_text("no photo")
+    data = module(tmp_path, damaged="skip")
+    assert data.skipped_lines() == []
+    assert data.check() == 6
+    assert data.skipped["validation"] == [str(tmp_path / "val" / "b" / "x6.jpg")]
+    a = tmp_path / "train" / "a"
+    assert data.skipped_lines() == [
+        f"5 damaged photos of train are skipped: {a / 'x1.jpg'}, {a / 'x2.jpg'} and 3 more",
+        f"1 damaged photo of validation is skipped: {tmp_path / 'val' / 'b' / 'x6.jpg'}",
+    ]
+    assert data.check() == 0
+    assert len(data.skipped_lines()) == 2
+
+
+def test_a_class_that_loses_all_its_training_photos_is_named(tmp_path):
+    photos(tmp_path / "train")
+    photos(tmp_path / "val")
+    for file in (tmp_path / "val" / "b").iterdir():
+        file.write_text("no photo")
+    data = module(tmp_path, damaged="skip")
+    data.check()
+    assert set(data.splits["validation"].labels) == {0}
+    for file in (tmp_path / "train" / "b").iterdir():
+        file.write_text("no photo")
+    with pytest.raises(UsageError, match=r"photos of class 'b' in train, got only damaged ones, such as .*b/0.png"):
+        module(tmp_path, damaged="skip").check()
+
+
 def test_a_photo_that_breaks_during_training_is_named(tmp_path):
     data = module(photos(tmp_path))
     name = data.splits["train"].name(0)
@@ -93,6 +125,8 @@ def test_transforms_that_leave_another_size_are_refused(tmp_path):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size of at least 1"),
+        ({"num_workers": -1}, "num_workers of at least 0, got -1"),
+        ({"options": "x"}, "data.options as names with values, got 'x'"),
         ({"batch_size": 99}, "at least one batch of 99"),
         ({"image_size": [3]}, "expected an image size"),
         ({"crop_pct": 0.0}, "crop_pct within"),
@@ -107,8 +141,12 @@ def test_options_that_cannot_be_used_are_refused(tmp_path, options, message):
 
 def test_missing_splits_are_named(tmp_path):
     data = module(photos(tmp_path), validation_share=0.0)
-    with pytest.raises(UsageError, match="expected validation photos, got none"):
-        data.val_dataloader()
+    for name, loader in (("validation", data.val_dataloader), ("test", data.test_dataloader)):
+        with pytest.raises(UsageError) as caught:
+            loader()
+        assert str(caught.value) == (
+            f"expected {name} photos, got none: add a folder '{name}', or fit again with data.{name}_share above 0"
+        )
 
 
 def test_large_photos_are_read_smaller_for_training_only(tmp_path):

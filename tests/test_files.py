@@ -1,5 +1,8 @@
 """Whole or not at all."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from vision_attn.errors import UsageError
@@ -23,6 +26,31 @@ def test_a_folder_takes_its_name_only_after_success(tmp_path):
     assert (tmp_path / "out" / "x").read_text() == "1"
     with pytest.raises(UsageError, match="which exists"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"expected to write .*file/x.txt, got an error \("):
+        write_whole(tmp_path / "file" / "x.txt", "1")
+    with pytest.raises(UsageError, match="Not a directory"), new_folder(tmp_path / "file" / "out"):
+        pass
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match="give it a name"), new_folder("."):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_whole(tmp_path / "x.txt", "old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        write_whole(tmp_path / "x.txt", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.txt", "old")]
 
 
 def test_free_names_count_up_before_the_suffix(tmp_path):

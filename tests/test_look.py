@@ -12,6 +12,7 @@ from vision_attn.data.transforms import Preprocessing, eval_transforms
 from vision_attn.export import find_token_layout, save_model
 from vision_attn.look import find_class, look
 from vision_attn.models.factory import create_model, load_model
+from vision_attn.viz.overlay import overlay
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,15 @@ def test_damaged_photos_are_told_at_the_end_and_the_rest_is_done(artefact, photo
         (["--option", "fusion=mean"], "head_fusion"),
         (["--option", "head_fusion"], "NAME=VALUE"),
         (["--batch-size", "0"], "at least 1"),
+        (["--option", "method=raw"], "expected --method raw, got --option method=raw"),
+        (["--option", "batch_size=2"], "expected --batch-size 2"),
+        (["--option", "layout=1"], "expected an option of the method, got --option layout=1"),
+        (["--option", "head_fusion=[max"], "expected a value in YAML for --option head_fusion, got '[max'"),
+        (["--option", "head_fusion=2026-02-30"], "expected a value in YAML"),
+        (["--option", "head_fusion=[max]"], "expected a known head_fusion"),
+        (["--option", "discard_ratio=most"], "discard_ratio from 0 to below 1, got 'most'"),
         (["--out", "."], "which exists"),
+        (["--out", "wide.jpg/out"], "Not a directory"),
     ],
 )
 def test_wrong_arguments_end_in_one_line_and_write_nothing(
@@ -104,6 +113,24 @@ def test_wrong_arguments_end_in_one_line_and_write_nothing(
     assert len(error.splitlines()) == 1
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_command_leaves_nothing(artefact, photos, tmp_path, monkeypatch, end):
+    drawn = []
+
+    def draw(*arguments, **options):
+        drawn.append(arguments)
+        if len(drawn) == 2:
+            assert list(tmp_path.rglob("wide.png"))  # the first overlay is on disk
+            raise end
+        return overlay(*arguments, **options)
+
+    monkeypatch.setattr("vision_attn.look.overlay", draw)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(end):
+        main(["explain", str(artefact), str(photos), "--out", str(tmp_path / "out")])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_cnn_without_attention_is_told_what_works(tmp_path, photos, capsys):

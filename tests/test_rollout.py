@@ -289,6 +289,9 @@ def test_layout_that_does_not_fit_is_refused():
     [
         ({"head_fusion": "men"}, "expected a known head_fusion, got 'men': did you mean"),
         ({"discard_ratio": 1.0}, "expected discard_ratio from 0 to below 1, got 1.0"),
+        ({"discard_ratio": "0.9"}, "expected discard_ratio from 0 to below 1, got '0.9'"),
+        ({"discard_ratio": False}, "expected discard_ratio from 0 to below 1, got False"),
+        ({"head_fusion": ["max"]}, "expected a known head_fusion"),
         ({"discard_ratio": -0.1}, "expected discard_ratio from 0 to below 1"),
         ({"query_patch": (4, 0)}, r"on the 4 x 4 grid, got \(4, 0\)"),
     ],

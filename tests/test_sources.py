@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from vision_attn.data.sources import open_source, split_stratified
+from vision_attn.data.sources import SOURCES, open_source, split_stratified
 from vision_attn.errors import UsageError
 
 
@@ -122,6 +122,50 @@ def test_torchvision_splits_are_used_where_there_are_any(tmp_path):
 def test_unknown_names_offer_close_ones(name, options, message):
     with pytest.raises(UsageError, match=message):
         open_source(name, options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("shapes", {"train": "many"}, "data.options.train as a number of pictures from 0, got 'many'"),
+        ("shapes", {"train": 8.5}, "got 8.5"),
+        ("shapes", {"test": None}, "data.options.test .*got None"),
+        ("shapes", {"validation": -1}, "data.options.validation .*got -1"),
+        ("shapes", {"train": True}, "got True"),
+        ("shapes", {"train": 0}, "at least one training picture"),
+        ("shapes", {"size": "64"}, "data.options.size such as 64 .*got '64'"),
+        ("shapes", {"size": [64]}, "data.options.size"),
+        ("torchvision", {"dataset": 5}, "known torchvision data set, got '5'"),
+        ("torchvision:FakeData", {"size": "many"}, "options that torchvision's FakeData takes, got .*many"),
+        ("torchvision:FakeData", {"size": 8, "image_size": "big"}, "options that torchvision's FakeData takes"),
+        ("torchvision:FakeData", {"size": 0}, "train photos in torchvision's FakeData, got none"),
+        ("torchvision:FakeData", {"transform": "flip"}, "no data.options.transform, .*set data.train_transforms"),
+        ("torchvision:CIFAR10", {"download": "no"}, "download of true or false, got 'no'"),
+        ("torchvision:CIFAR10", {"root": "here"}, "no data.options.root, .*set data.path"),
+        ("shapes", [1, 2], r"data.options as names with values, got \[1, 2\]"),
+        ("shapes", {1: 2}, "data.options as names with values"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        open_source(name, options=options)
+
+
+def test_a_registered_source_gets_what_the_docstring_says():
+    seen = {}
+
+    @SOURCES.register("mine")
+    def mine(path, *, seed, shares, colour="red"):
+        seen.update(path=path, seed=seed, shares=shares, colour=colour)
+        return open_source("shapes", options={"size": 16, "train": 4})
+
+    try:
+        open_source("mine", "here", seed=3, test_share=0.2, options={"colour": "blue"})
+        with pytest.raises(UsageError, match="did you mean 'colour'"):
+            open_source("mine", options={"color": "blue"})
+    finally:
+        del SOURCES._things["mine"], SOURCES._info["mine"]
+    assert seen == {"path": "here", "seed": 3, "shares": {"validation": 0.15, "test": 0.2}, "colour": "blue"}
 
 
 def test_shapes_know_their_masks():

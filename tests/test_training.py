@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
@@ -222,11 +224,19 @@ def test_metrics_are_those_of_the_whole_split_not_the_mean_of_batches():
         ({"model__optim": {"name": "adamx"}}, "did you mean 'adamax'"),
         ({"model__label_smoothing": 2.0}, "label_smoothing within"),
         ({"model__checkpoint": "absent.pth"}, "absent.pth"),
-        ({"model__freeze": ["blok"]}, "matches none"),
         ({"data__image_size": 33}, "divisible by the patch 8 x 8"),
         ({"data__train_transforms": [{"Resize": {"height": 8, "width": 8}}]}, "expected transforms that leave 32 x 32"),
         ({"data__options": {"size": 32, "train": 24, "validation": 0}}, "expected validation photos, got none"),
         ({"data__batch_size": 99}, "at least one batch of 99"),
+        ({"model__freeze": ["blocks.0."]}, "expected weights to start from where modules are frozen"),
+        ({"model__optim": {"options": {"betaz": 3}}}, "options that adamw takes"),
+        ({"model__optim": {"weight_decay": -1.0}}, "weight_decay of at least 0"),
+        ({"trainer__max_epochs": 0}, "max_epochs of at least 1"),
+        ({"trainer__limit_val_batches": 0}, "expected validation in the run"),
+        (
+            {"model__name": "vit_tiny_patch16_224", "model__options": {}, "data__image_size": 40},
+            "use 32 x 32 or 48 x 48",
+        ),
         ({"data__source": "shaps"}, "did you mean 'shapes'"),
         ({"data__options": {"trian": 3}}, "did you mean 'train'"),
         ({"data__damaged": "skipp"}, "did you mean 'skip'"),
@@ -268,6 +278,56 @@ def test_a_run_is_tested_without_the_weights_that_it_started_from(finished, tmp_
     config["model"]["checkpoint"] = str(tmp_path / "moved-away.safetensors")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["validate", "--config", str(tmp_path / "config.yaml")]) == 0
+
+
+def test_a_run_is_not_tested_on_other_classes_nor_on_photos_it_was_trained_on(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "a" / "broken.jpg").write_text("no photo")
+    run_dir = tmp_path / "run"
+    path = write_config(
+        tmp_path,
+        data__source="folder",
+        data__path=str(tmp_path / "photos"),
+        data__options={},
+        data__damaged="skip",
+        data__validation_share=0.25,
+        trainer__max_epochs=1,
+    )
+    assert main(["fit", "--config", str(path), "--run_dir", str(run_dir)]) == 0
+    assert "1 damaged photo" in capsys.readouterr().out
+    saved = str(run_dir / "config.yaml")
+    assert main(["test", "--config", saved]) == 2
+    assert "expected test photos, got none" in capsys.readouterr().err
+    assert main(["test", "--config", saved, "--data.test_share", "0.3"]) == 2
+    assert "photos that it was trained on would be counted" in capsys.readouterr().err
+    assert not (run_dir / "test.json").exists()
+    (tmp_path / "photos" / "a").rename(tmp_path / "photos" / "zebra")
+    assert main(["validate", "--config", saved]) == 2
+    assert "expected photos of the run's classes (a, b), got b, zebra" in capsys.readouterr().err
+
+
+def test_an_artefact_can_be_trained_on_by_name(finished, tmp_path):
+    path = write_config(tmp_path, model={"name": f"local-dir:{finished / 'export'}"}, trainer__max_epochs=1)
+    arguments = ["--config", str(path), "--model.checkpoint", str(finished / "checkpoints" / "best.ckpt")]
+    assert main(["fit", *arguments, "--run_dir", str(tmp_path / "again")]) == 0
+    config = json.loads((tmp_path / "again" / "export" / "config.json").read_text())
+    assert config["architecture"] == "va_vit_micro_stem8_64"
+    assert config["model_args"]["embed_dim"] == 32
+    assert len(load_model(tmp_path / "again" / "export").blocks) == 2
+
+
+def test_what_a_checkpoint_left_out_is_said(finished, tmp_path, capsys):
+    path = write_config(tmp_path, data__options={"size": 32, "train": 8, "validation": 8}, trainer__max_epochs=1)
+    state = {key: tensor for key, tensor in load_model(finished / "export").state_dict().items() if "head" not in key}
+    torch.save(state, tmp_path / "headless.pth")
+    arguments = ["--config", str(path), "--model.checkpoint", str(tmp_path / "headless.pth")]
+    assert main(["fit", *arguments, "--run_dir", str(tmp_path / "run")]) == 0
+    assert "missing: head.weight, head.bias" in capsys.readouterr().out
 
 
 def test_commands_without_a_run_say_what_they_need(tmp_path, capsys):

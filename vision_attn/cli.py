@@ -21,6 +21,10 @@ TRAINING = {
     "predict": "a CSV of predictions for the photos of a config",
 }
 
+# What `explain_photos`, and what it calls, take under these names is no option of a method.
+_FLAGS = ("method", "target", "style", "batch_size", "out")
+_ARGUMENTS = ("model", "photos", "paths", "damaged", "progress", "images", "layout", "geometry")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carries out one command and returns the exit code: 0, or 2 where the user's input was at fault."""
@@ -87,7 +91,7 @@ def _add_explain(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
 
@@ -122,7 +126,17 @@ def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UsageError(f"expected --option NAME=VALUE, got {text!r}: for example --option head_fusion=max")
-    return name, yaml.safe_load(value)
+    if name in _FLAGS:
+        flag = f"--{name.replace('_', '-')}"
+        raise UsageError(f"expected {flag} {value}, got --option {text}: {name} has a flag of its own")
+    if name in _ARGUMENTS:
+        raise UsageError(f"expected an option of the method, got --option {text}: {name} is none")
+    try:
+        return name, yaml.safe_load(value)
+    # PyYAML answers a date that there is not, such as 2026-02-30, with a ValueError of datetime.
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise UsageError(f"expected a value in YAML for --option {name}, got {value!r} ({reason}): quote it") from error
 
 
 def _train(command: str, arguments: Sequence[str]) -> int:

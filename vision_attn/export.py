@@ -89,12 +89,12 @@ def export_run(run: Run) -> Path:
     return save_model(
         run.run_dir / "export",
         network,
-        architecture=classifier.name,
+        architecture=network.architecture,
         classes=data.classes,
         preprocessing=preprocessing,
         layout=find_token_layout(network, data.image_size),
-        model_args=classifier.model_args,
-        facts={"metrics": run.metrics},
+        model_args=network.model_args,
+        facts={"metrics": run.metrics, "position_interpolation": classifier.position_interpolation},
     )
 
 

@@ -10,17 +10,33 @@ from vision_attn.errors import UsageError
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Returns the path of a file that holds `content`: written beside it under another name, then moved into place."""
+    """Returns the path of a file that holds `content`: written beside it under another name, then moved into place.
+
+    Raises:
+        UsageError: it cannot be written: no right to, no room on the disk, a file where a folder should be.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are readable by their owner only, whatever the umask says.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Tells what the disk says against `path` in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"expected to write {path}, got an error ({error.strerror or error}): free the place or choose another"
+        ) from error
 
 
 @contextmanager
@@ -28,7 +44,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a folder to fill, which takes its name only when the block ends well; after an error nothing is left.
 
     Raises:
-        UsageError: there is something at `path` already.
+        UsageError: there is something at `path` already, or it cannot be made.
 
     Example:
         >>> with new_folder("export") as folder:  # doctest: +SKIP
@@ -37,13 +53,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if is_taken(path):
         raise UsageError(f"expected a new folder, got {path}, which exists: choose another name or move it away")
+    if path.name in ("", ".."):
+        raise UsageError(f"expected a new folder, got {str(path)!r}: give it a name")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
+    with _written(path):
+        part.mkdir(parents=True)
     try:
         yield part
-        if path.is_dir():
-            path.rmdir()
-        os.replace(part, path)
+        with _written(path):
+            if path.is_dir():
+                path.rmdir()
+            os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -7,6 +7,7 @@ photo. A photo that cannot be read is set aside and named at the end; the rest i
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vision_attn.attribution.base import explain
 from vision_attn.data.reading import find_images, read_image
 from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import UsageError
-from vision_attn.files import is_taken, write_whole
+from vision_attn.files import is_taken, new_folder, write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.layout import TokenLayout
 from vision_attn.registry import unknown
@@ -146,7 +147,7 @@ def find_class(target: str | int, classes: Sequence[str]) -> int:
     """
     if str(target) in classes:
         return list(classes).index(str(target))
-    if str(target).lstrip("-").isdigit():
+    if str(target).removeprefix("-").isdecimal():
         if 0 <= int(target) < len(classes):
             return int(target)
         raise UsageError(f"expected a class index from 0 to {len(classes) - 1}, got {target}: or give the class's name")
@@ -163,7 +164,7 @@ def explain_photos(
     progress: bool = True,
     **options: Any,
 ) -> Looked:
-    """Writes an overlay for each photo, and an index of all of them.
+    """Writes an overlay for each photo, and an index of all of them; the folder appears when all of it is there.
 
     Args:
         model: From `load_model`.
@@ -175,7 +176,8 @@ def explain_photos(
         options: As for `look`.
 
     Raises:
-        UsageError: nothing to explain, `out` is taken, or as `look`. Nothing is written where no photo can be read.
+        UsageError: nothing to explain, `out` is taken or cannot be written, or as `look`. Nothing is written then, nor
+            where no photo can be read.
     """
     out = Path(out)
     if is_taken(out):
@@ -186,12 +188,17 @@ def explain_photos(
     written: list[Path] = []
     columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
+    folder: Path | None = None
+    with (
+        Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar,
+        ExitStack() as stack,
+    ):
         task = bar.add_task("explaining", total=len(names))
         for done in look(model, list(names), damaged, method=method, **options):
             picture = overlay(done.image, done.map, geometry=done.geometry, style=style, colorbar=True)
-            path = save_png(out / names[done.path], picture)
-            written.append(path)
+            folder = folder or stack.enter_context(new_folder(out))
+            save_png(folder / names[done.path], picture)
+            written.append(out / names[done.path])
             rows.append(
                 (
                     str(done.path),
@@ -204,10 +211,10 @@ def explain_photos(
                 )
             )
             bar.update(task, completed=len(written) + len(damaged))
-    if rows:
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows([INDEX_COLUMNS, *rows])
-        write_whole(out / "index.csv", table.getvalue())
+        if folder:
+            table = io.StringIO(newline="")
+            csv.writer(table).writerows([INDEX_COLUMNS, *rows])
+            write_whole(folder / "index.csv", table.getvalue())
     return Looked(out, tuple(written), damaged)
 
 

@@ -60,8 +60,9 @@ def rollout(
         UsageError: its attention is not between all tokens, or an option is out of range.
     """
     check_fusion(head_fusion)
-    if not 0 <= discard_ratio < 1:
-        raise UsageError(f"expected discard_ratio from 0 to below 1, got {discard_ratio}: 0.9 drops nine tenths")
+    number = isinstance(discard_ratio, int | float) and not isinstance(discard_ratio, bool)
+    if not number or not 0 <= discard_ratio < 1:
+        raise UsageError(f"expected discard_ratio from 0 to below 1, got {discard_ratio!r}: 0.9 drops nine tenths")
     records = captured(model, images)
     refuse_windows(records, "rollout")
     layout = layout or find_layout(model, images)
@@ -145,7 +146,7 @@ def fuse_heads(weights: Tensor, head_fusion: HeadFusion, *, head: int | None = N
 
 def check_fusion(head_fusion: str) -> None:
     """Raises UsageError where `head_fusion` is none that is known."""
-    if head_fusion not in _FUSIONS:
+    if str(head_fusion) not in _FUSIONS:
         raise unknown("head_fusion", str(head_fusion), _FUSIONS)
 
 

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -117,10 +116,13 @@ class ImageDataModule(pl.LightningDataModule):
             training process.
         check: What is looked at in every photo before the run: "frame" (header and end marker, about 0.2 ms a photo),
             "decode" (everything), or "off".
-        damaged: What a damaged photo does: "error" ends before the run starts, "skip" goes on without it and says how
-            many there were.
+        damaged: What a damaged photo does: "error" ends before the run starts, "skip" goes on without it (see
+            `skipped`), as long as train keeps photos of every class.
         reduced_decode: Read large photos at 1/2, 1/4 or 1/8 of their size for training, where 1.5 times the image size
             is left.
+
+    Attributes:
+        skipped: The names of the damaged photos that `check` left out, by split.
 
     Raises:
         UsageError: an argument or the photos cannot be used.
@@ -152,6 +154,10 @@ class ImageDataModule(pl.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
             if value < 1:
                 raise UsageError(f"expected data.{name} of at least 1, got {value}")
+        if num_workers is not None and num_workers < 0:
+            raise UsageError(
+                f"expected data.num_workers of at least 0, got {num_workers}: 0 reads in the training process"
+            )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.train_specs: list[TransformSpec] = train_transforms or _default_train(self.image_size)
@@ -164,6 +170,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.check_mode = check
         self.damaged = damaged
+        self.skipped: dict[str, list[str]] = {}
         self.min_size = 3 * max(self.image_size) // 2 if reduced_decode else None
         self.source = open_source(
             source, path, seed=seed, validation_share=validation_share, test_share=test_share, options=options
@@ -191,12 +198,13 @@ class ImageDataModule(pl.LightningDataModule):
             How many damaged photos were left out.
 
         Raises:
-            UsageError: there are damaged photos and they are not to be skipped, or a split is left without any.
+            UsageError: there are damaged photos and they are not to be skipped, or a split is left without any, or
+                train without any of a class.
         """
         if self.check_mode == "off":
             return 0
         kept: dict[str, ImageSet] = {}
-        skipped = 0
+        skipped: dict[str, list[str]] = {}
         for split, images in self.splits.items():
             damage = find_all_damage(images, decode=self.check_mode == "decode")
             if damage and self.damaged == "error":
@@ -204,17 +212,36 @@ class ImageDataModule(pl.LightningDataModule):
                 more = f" (and {len(damage) - 1} more in {split})" if len(damage) > 1 else ""
                 raise UsageError(f"{first}{more}, or set data.damaged to skip")
             if damage:
-                skipped += len(damage)
-                rank_zero_info(f"{len(damage)} damaged photos of {split} are skipped: {_some(damage, images)}")
-                good = np.setdiff1d(np.arange(len(images)), list(damage))
-                if len(good) == 0:
-                    raise UsageError(
-                        f"expected photos in {split}, got only damaged ones, such as {_some(damage, images)}"
-                    )
-                images = images.subset(good)
+                skipped[split] = [images.name(index) for index in damage]
+                images = self._without(damage, split)
             kept[split] = images
         self.source = ImageSource(self.classes, kept)
-        return skipped
+        self.skipped |= skipped
+        return sum(map(len, skipped.values()))
+
+    def skipped_lines(self) -> list[str]:
+        """Returns what `check` left out, a line for each split that lost photos."""
+        lines = []
+        for split, names in self.skipped.items():
+            photos, are = ("photos", "are") if len(names) > 1 else ("photo", "is")
+            lines.append(f"{len(names)} damaged {photos} of {split} {are} skipped: {_some(names)}")
+        return lines
+
+    def _without(self, damage: Mapping[int, str], split: str) -> ImageSet:
+        """Returns a split's photos without the damaged ones."""
+        images = self.splits[split]
+        good = np.setdiff1d(np.arange(len(images)), list(damage))
+        if len(good) == 0:
+            names = [images.name(index) for index in damage]
+            raise UsageError(f"expected photos in {split}, got only damaged ones, such as {_some(names)}: replace them")
+        lost = np.setdiff1d(images.labels, images.labels[good])
+        if split == "train" and len(lost):
+            names = [images.name(index) for index in damage if images.labels[index] == lost[0]]
+            raise UsageError(
+                f"expected photos of class {self.classes[lost[0]]!r} in train, got only damaged ones, such as "
+                f"{_some(names)}: replace them or remove the class"
+            )
+        return images.subset(good)
 
     def train_dataloader(self) -> DataLoader:
         """Returns the training batches, shuffled and augmented anew each epoch; the last incomplete one is left out."""
@@ -246,7 +273,8 @@ class ImageDataModule(pl.LightningDataModule):
         assert split in SPLITS
         if split not in self.splits:
             raise UsageError(
-                f"expected {split} photos, got none: add a folder '{split}' or set data.{split}_share above 0"
+                f"expected {split} photos, got none: add a folder '{split}', or fit again with data.{split}_share "
+                "above 0"
             )
         return self.splits[split]
 
@@ -273,9 +301,8 @@ def find_all_damage(images: ImageSet, *, decode: bool = False) -> dict[int, str]
         return {index: damage for index, damage in enumerate(found) if damage}
 
 
-def _some(damage: Mapping[int, str], images: ImageSet) -> str:
-    names = [images.name(index) for index in list(damage)[:3]]
-    return ", ".join(names) + ("" if len(damage) <= 3 else f" and {len(damage) - 3} more")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _start_worker(worker_id: int) -> None:

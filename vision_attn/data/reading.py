@@ -32,9 +32,10 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-# Cameras may append previews, depth maps or a film after the photo; a photo whose end is not within the last 64 KiB is
-# decoded as a whole to find out whether it is damaged.
-_TAIL = 65_536
+# How whole files end, by Pillow's name of the format. Only the very end counts: the thumbnail in a JPEG's EXIF has an
+# end marker of its own. What cameras append (previews, depth maps, a film) puts a photo in doubt, and it is decoded.
+_ENDS = {"JPEG": _JPEG_END, "MPO": _JPEG_END, "PNG": b"IEND\xaeB`\x82"}
+_TAIL = 1024
 
 
 def read_image(path: str | Path, *, min_size: int | None = None) -> np.ndarray:
@@ -158,8 +159,8 @@ def find_damage(path: str | Path, *, decode: bool = False) -> str | None:
     """Returns what is wrong with a photo file, in one line, or None.
 
     Without `decode` only the frame is checked, which takes about a tenth of a millisecond: the header can be read, the
-    image has pixels, and a JPEG or PNG has its end marker (a truncated file has not). A file whose frame is in doubt is
-    decoded, so that a good one is never accused.
+    image has pixels, and a JPEG or PNG ends in its end marker (a truncated file does not). A file whose frame is in
+    doubt is decoded, so that a good one is never accused.
     """
     path = Path(path)
     try:
@@ -174,7 +175,7 @@ def find_damage(path: str | Path, *, decode: bool = False) -> str | None:
             end = file.seek(0, io.SEEK_END)
             file.seek(max(0, end - _TAIL))
             tail = file.read()
-        whole = (kind in ("JPEG", "MPO") and _JPEG_END in tail) or (kind == "PNG" and b"IEND" in tail)
+        whole = kind in _ENDS and tail.rstrip(b"\0").endswith(_ENDS[kind])
         if whole and min(size) >= SMALLEST_SIDE:
             return None
         read_image(path)

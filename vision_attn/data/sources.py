@@ -1,10 +1,11 @@
 """Where labelled photos come from: a folder, a torchvision data set, or the embedded shapes.
 
 A source answers with its classes and its splits; the data module need not know which it was. To add one, register a
-function that takes (path, seed, **options) and returns an `ImageSource`:
+function that takes (path, *, seed, shares, **options) and returns an `ImageSource`; `shares` are those of "validation"
+and "test", for a source that has to split its photos itself (see `split_stratified`):
 
     @SOURCES.register("mine")
-    def mine(path, *, seed, validation_share, test_share): ...
+    def mine(path, *, seed, shares, colour="red"): ...
 """
 
 import inspect
@@ -95,6 +96,8 @@ def open_source(
     """
     kind, _, argument = name.partition(":")
     build = SOURCES.get(kind)
+    if not isinstance(options, Mapping | None) or not all(isinstance(key, str) for key in options or {}):
+        raise UsageError(f"expected data.options as names with values, got {options!r}: for example {{size: 64}}")
     options = dict(options or {}) | ({"dataset": argument} if argument else {})
     for label, share in (("validation_share", validation_share), ("test_share", test_share)):
         if not 0 <= share < 1:
@@ -280,13 +283,19 @@ def open_torchvision(
     """Returns the photos of a torchvision classification data set, downloaded to `path` where they are not there."""
     from torchvision import datasets
 
+    if not isinstance(download, bool):
+        raise UsageError(f"expected data.options.download of true or false, got {download!r}: correct it")
+    for option in ("root", "transform", "target_transform", "transforms"):
+        if option in options:
+            advice = "set data.path" if option == "root" else "set data.train_transforms and data.eval_transforms"
+            raise UsageError(f"expected no data.options.{option}, got {options[option]!r}: {advice}")
     known = [
         name
         for name in dir(datasets)
         if isinstance(kind := getattr(datasets, name), type) and issubclass(kind, datasets.VisionDataset)
     ]
     if dataset not in known:
-        raise unknown("torchvision data set", dataset, known)
+        raise unknown("torchvision data set", str(dataset), known)
     build = getattr(datasets, dataset)
     parameters = inspect.signature(build).parameters
     options = dict(options)
@@ -299,7 +308,15 @@ def open_torchvision(
     names = getattr(train, "classes", None)
     splits: dict[str, ImageSet] = {}
     for split, data in opened.items():
-        labels = _torchvision_labels(data, dataset)
+        try:
+            labels = _torchvision_labels(data, dataset)
+        except UsageError:
+            raise
+        # Some data sets take whatever they are given and fail at the first photo.
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"expected options that torchvision's {dataset} takes, got {options}: {error}") from error
+        if len(labels) == 0:
+            raise UsageError(f"expected {split} photos in torchvision's {dataset}, got none: check data.options")
         splits[split] = TorchvisionImages(data, labels, np.arange(len(labels)))
     count = int(max(images.labels.max() for images in splits.values())) + 1
     classes = tuple(map(str, names)) if names is not None and len(names) >= count else tuple(map(str, range(count)))
@@ -396,12 +413,23 @@ def open_shapes(
     test: int = 1000,
 ) -> ImageSource:
     """Returns generated pictures of shapes on clutter; nothing is read from or written to `path`."""
-    hw = size if isinstance(size, int) else (size[0], size[1])
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(_is_count(side) for side in sides):
+        raise UsageError(f"expected data.options.size such as 64 or [48, 64], got {size!r}: give whole numbers")
+    for name, number in (("train", train), ("validation", validation), ("test", test)):
+        if not _is_count(number):
+            raise UsageError(
+                f"expected data.options.{name} as a number of pictures from 0, got {number!r}: give a whole number"
+            )
     splits: dict[str, ImageSet] = {}
     for split, stream, count in (("train", "train", train), ("validation", "val", validation), ("test", "test", test)):
         if count > 0:
-            dataset = ShapesDataset(count, split=stream, seed=seed, size=hw)
+            dataset = ShapesDataset(count, split=stream, seed=seed, size=(sides[0], sides[1]))
             splits[split] = ShapeImages(dataset, np.arange(count))
     if "train" not in splits:
         raise UsageError(f"expected at least one training picture of shapes, got train={train}")
     return ImageSource(SHAPES, splits)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

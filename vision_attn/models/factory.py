@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor, nn
 
-from vision_attn.data.transforms import Preprocessing
+from vision_attn.data.transforms import Preprocessing, image_hw
 from vision_attn.errors import UsageError
 from vision_attn.layout import TokenLayout
 from vision_attn.models import presets
@@ -61,12 +62,15 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise UsageError("expected pretrained weights or a checkpoint, got both: leave one out")
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        raise unknown("model", name, timm.list_models())
+    architecture, own_options = resolve_name(name)
+    options = {**own_options, **options}
+    if image_size is not None and has_fixed_size(architecture):
+        options["img_size"] = list(image_hw(image_size))
+    if position_interpolation is not None and architecture.startswith("va_vit"):
+        options["pos_interpolation"] = position_interpolation
+    model_args = dict(options)
     if num_classes is not None:
         options["num_classes"] = num_classes
-    if image_size is not None and has_fixed_size(name):
-        options["img_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except UsageError:
@@ -82,11 +86,49 @@ def create_model(
             f"expected the pretrained weights of {name} from the hub, got an error: {_first_line(error)}: check the "
             "network, or give a file as checkpoint"
         ) from error
+    if image_size is not None:
+        _check_patches(model, name, image_hw(image_size))
     if checkpoint is not None:
         report = load_checkpoint(model, checkpoint, position_interpolation=position_interpolation)
         for line in str(report).splitlines():
             log.info("%s: %s", name, line)
+    # What an artefact needs to build the network again, from timm's registry alone.
+    model.architecture = architecture  # type: ignore[assignment]
+    model.model_args = model_args  # type: ignore[assignment]
     return model
+
+
+def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name in timm's registry, and the constructor's options, that a name stands for.
+
+    Raises:
+        UsageError: the name is unknown (close ones are offered), or the folder or hub that it names cannot be read.
+    """
+    source, _, place = name.partition(":")
+    if source not in ("hf-hub", "hf_hub", "local-dir"):
+        if not timm.is_model(name.split(".")[0]):
+            raise unknown("model", name, timm.list_models())
+        return name, {}
+    try:
+        read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+        found = read(place)
+    except Exception as error:  # the hub's client, files and JSON each have errors of their own
+        raise UsageError(f"expected a network at {name}, got an error: {_first_line(error)}: check the name") from error
+    return str(found[1]), dict(found[2] or {}) if len(found) > 2 else {}
+
+
+def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+    """Refuses an image size that a network's patches do not divide: timm would drop the last pixels without a word."""
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if not isinstance(patch, tuple) or getattr(embed, "dynamic_img_pad", False):
+        return
+    if any(side % p for side, p in zip(image_size, patch, strict=True)):
+        near = [tuple(side // p * p + more * p for side, p in zip(image_size, patch, strict=True)) for more in (0, 1)]
+        raise UsageError(
+            f"expected image sides divisible by the patch {patch[0]} x {patch[1]} of {name}, got {image_size[0]} x "
+            f"{image_size[1]}: use {near[0][0]} x {near[0][1]} or {near[1][0]} x {near[1][1]}"
+        )
 
 
 def load_checkpoint(
@@ -121,7 +163,7 @@ def has_fixed_size(name: str) -> bool:
     """Returns whether a network is built for one image size, and so has to be told which."""
     try:
         entrypoint = timm.models.model_entrypoint(name.split(".")[0])
-    except RuntimeError:
+    except (KeyError, RuntimeError):
         return False
     cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size:
@@ -149,13 +191,21 @@ def load_model(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     config = read_config(folder)
-    ours = config["vision_attn"]
+    try:
+        ours = config["vision_attn"]
+        classes = tuple(config["label_names"])
+        preprocessing = Preprocessing.from_dict(ours["preprocessing"])
+        layout = TokenLayout.from_dict(ours["layout"]) if ours["layout"] else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"expected preprocessing and layout in {folder / CONFIG_FILE}, got {error!r}: export the run again"
+        ) from error
     model = create_model(config["architecture"], num_classes=config["num_classes"], **config.get("model_args", {}))
     load_into(model, load_state_dict_file(folder / WEIGHTS_FILE))
     # Plain attributes: the state dict stays that of the network, so that timm loads the same file.
-    model.classes = tuple(config["label_names"])  # type: ignore[assignment]
-    model.preprocessing = Preprocessing.from_dict(ours["preprocessing"])  # type: ignore[assignment]
-    model.layout = TokenLayout.from_dict(ours["layout"]) if ours["layout"] else None  # type: ignore[assignment]
+    model.classes = classes  # type: ignore[assignment]
+    model.preprocessing = preprocessing  # type: ignore[assignment]
+    model.layout = layout  # type: ignore[assignment]
     return model.eval()
 
 

@@ -10,6 +10,7 @@ patches), K heads, D head width (C = K D).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,11 @@ class ViTConfig:
             if name not in choices:
                 raise unknown(kind, name, [choice for choice in choices if choice])
         grid_of(self.img_size, self.patch_size)
+        for name in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
+            value = getattr(self, name)
+            kind = "number" if name == "mlp_ratio" else "whole number"
+            if not isinstance(value, Real if kind == "number" else Integral) or not value > 0:
+                raise UsageError(f"expected {name} as a {kind} above 0, got {value!r}: correct it")
         if self.embed_dim % self.num_heads:
             raise UsageError(
                 f"expected num_heads to divide embed_dim={self.embed_dim}, got {self.num_heads}: change one of them"

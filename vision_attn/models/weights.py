@@ -27,7 +27,7 @@ INTERPOLATIONS = ("timm", "hf")
 
 # The usual places of a state dict inside a training checkpoint, and what wrappers put before each key.
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "teacher")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 

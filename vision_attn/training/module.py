@@ -12,9 +12,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from vision_attn.data.datamodule import Batch
-from vision_attn.data.transforms import image_hw, normalize
+from vision_attn.data.transforms import normalize
 from vision_attn.errors import UsageError
-from vision_attn.models.factory import create_model, has_fixed_size
+from vision_attn.models.factory import create_model
 from vision_attn.training.optim import OptimConfig, create_optimizer, create_schedule
 
 
@@ -37,6 +37,7 @@ class Classifier(pl.LightningModule):
         freeze: Names of modules, or beginnings of them ("patch_embed", "blocks.0."), whose weights stay as they are.
         mean: Of the input's colours on [0, 1]; the network's own where left out.
         std: The same for the standard deviation.
+        grad_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, less memory.
         channels_last: Keep images and convolutions in channels-last memory: faster for CNNs on CPUs and recent GPUs.
 
     Raises:
@@ -58,12 +59,11 @@ class Classifier(pl.LightningModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         channels_last: bool = True,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"expected model.label_smoothing within [0, 1), got {label_smoothing}: 0.1 is usual")
-        self.name = name
-        self.model_args = dict(options or {})
         self.network = create_model(
             name,
             num_classes=num_classes,
@@ -71,13 +71,16 @@ class Classifier(pl.LightningModule):
             checkpoint=checkpoint,
             image_size=image_size,
             position_interpolation=position_interpolation,
-            **self.model_args,
+            **(options or {}),
         )
-        if image_size is not None and has_fixed_size(name):
-            self.model_args["img_size"] = list(image_hw(image_size))
+        self.position_interpolation = position_interpolation
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         freeze_modules(self.network, freeze or [])
+        if grad_checkpointing:
+            if not hasattr(self.network, "set_grad_checkpointing"):
+                raise UsageError(f"expected a network that can compute activations again, got {name}: leave it out")
+            self.network.set_grad_checkpointing(True)
         own = resolve_model_data_config(self.network)
         self.mean = _colours("mean", mean or own["mean"])
         self.std = _colours("std", std or own["std"])
@@ -153,12 +156,17 @@ class Classifier(pl.LightningModule):
                 module.eval()
         return self
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the class names with the weights, so that neither is ever used with others."""
+        checkpoint["classes"] = list(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+
     def configure_optimizers(self) -> Any:
         """Returns the optimizer and its schedule, stepped once a training step."""
         optimizer = create_optimizer(self.network, self.optim)
         total = int(self.trainer.estimated_stepping_batches)
-        epochs = max(1, self.trainer.max_epochs or 1)
-        schedule = create_schedule(optimizer, self.optim, total_steps=total, steps_per_epoch=max(1, total // epochs))
+        batches = int(self.trainer.num_training_batches)
+        steps = max(1, -(-batches // self.trainer.accumulate_grad_batches))
+        schedule = create_schedule(optimizer, self.optim, total_steps=total, steps_per_epoch=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

@@ -42,6 +42,11 @@ class OptimConfig:
             raise UsageError(
                 f"expected model.optim.layer_decay within (0, 1], got {self.layer_decay}: 0.65 to 1 is usual"
             )
+        for name, value in (("weight_decay", self.weight_decay), ("warmup_epochs", self.warmup_epochs)):
+            if value < 0:
+                raise UsageError(f"expected model.optim.{name} of at least 0, got {value}")
+        if not 0 <= self.min_lr <= 1:
+            raise UsageError(f"expected model.optim.min_lr as a share of lr within [0, 1], got {self.min_lr}")
         if self.name not in list_optimizers():
             raise unknown("optimizer", self.name, map(str, list_optimizers()))
 
@@ -57,7 +62,7 @@ def create_optimizer(network: nn.Module, config: OptimConfig) -> Optimizer:
             layer_decay=config.layer_decay if config.layer_decay < 1 else None,
             **(config.options or {}),
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"expected options that {config.name} takes, got {config.options}: {error}") from error
 
 

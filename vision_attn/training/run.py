@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -32,6 +34,7 @@ from vision_attn.metrics.intervals import wilson_interval
 from vision_attn.registry import close_names, unknown
 from vision_attn.training.callbacks import EpochLines, RunPlots
 from vision_attn.training.module import Classifier
+from vision_attn.training.optim import create_optimizer
 from vision_attn.viz.plots import confusion_matrix
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -64,12 +67,31 @@ def run(command: str, arguments: Sequence[str]) -> Run:
     assert command in COMMANDS
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    _say_what_is_loaded()
     with warnings.catch_warnings():
         # Advice on speed and on parts of Lightning that are none of the user's business.
         for category, text in _LIGHTNING_ADVICE:
             warnings.filterwarnings("ignore", text, category)
-        cli = TrainingCLI([command, *arguments])
-        return cli.carry_out(command)
+        try:
+            return TrainingCLI([command, *arguments]).carry_out(command)
+        except MisconfigurationException as error:
+            reason = re.sub(r"\s+", " ", str(error)).strip()
+            raise UsageError(f"expected options that go together, got: {reason}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"expected a config in UTF-8, got {error}: save it as UTF-8") from error
+
+
+class _Printer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        Console(soft_wrap=True, highlight=False, markup=False).print(record.getMessage())
+
+
+def _say_what_is_loaded() -> None:
+    """Sends what loading a checkpoint has to say (what was left out, resampled, cast) to the terminal."""
+    logger = logging.getLogger("vision_attn.models")
+    if not logger.handlers:
+        logger.addHandler(_Printer())
+        logger.setLevel(logging.INFO)
 
 
 _LIGHTNING_ADVICE: tuple[tuple[type[Warning], str], ...] = (
@@ -196,6 +218,14 @@ class TrainingCLI(LightningCLI):
         if not fit:
             # The weights come from the run's checkpoint: those that it started from need not be there any more.
             config.model.checkpoint, config.model.pretrained = None, False
+            _check_same_split(config, Path(config.run_dir))
+        elif config.model.freeze and not (config.model.checkpoint or config.model.pretrained):
+            raise UsageError(
+                f"expected weights to start from where modules are frozen, got model.freeze {config.model.freeze} with "
+                "neither model.checkpoint nor model.pretrained: give one"
+            )
+        if fit:
+            _check_epochs(config.trainer)
         if config.ema is not None and not 0 < config.ema < 1:
             raise UsageError(f"expected ema within (0, 1), got {config.ema}: 0.999 is usual")
         self.run_dir = Path(config.run_dir)
@@ -249,16 +279,26 @@ class TrainingCLI(LightningCLI):
     def carry_out(self, command: str) -> Run:
         """Looks at the photos, runs the command, and returns what came of it."""
         self.datamodule.check()
+        for line in self.datamodule.skipped_lines():
+            Console(soft_wrap=True, highlight=False).print(line)
         self._try_data(command)
         kwargs = self._prepare_subcommand_kwargs(command)
         if command == "fit":
             if kwargs.get("ckpt_path"):
-                _check_checkpoint(Path(kwargs["ckpt_path"]))
-            self.trainer.fit(**kwargs)
+                check_checkpoint(Path(kwargs["ckpt_path"]), self.datamodule.classes)
+            try:
+                self.trainer.fit(**kwargs)
+            except UsageError:
+                # A run that never got to a checkpoint is no run: its folder would only stand in the way.
+                if not (self.run_dir / BEST.parent).is_dir():
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
+                raise
             return self._finished_fit()
-        if not kwargs.get("ckpt_path"):
-            kwargs["ckpt_path"] = str(self.run_dir / BEST)
-        _check_checkpoint(Path(kwargs["ckpt_path"]))
+        named = {None: BEST, "best": BEST, "last": BEST.with_stem("last")}
+        given = kwargs.get("ckpt_path")
+        path = self.run_dir / named[given] if given in named else Path(given)
+        check_checkpoint(path, self.datamodule.classes)
+        kwargs["ckpt_path"] = str(path)
         if command == "predict":
             predictions = self.trainer.predict(**kwargs)
             path = write_predictions(self.run_dir, self.datamodule, predictions or [])
@@ -270,15 +310,30 @@ class TrainingCLI(LightningCLI):
         return Run(self.run_dir, self.model, self.datamodule, metrics)
 
     def _try_data(self, command: str) -> None:
-        """Reads a photo of each split that the command needs: what cannot work ends before anything is written."""
+        """Sends a photo of each split through the network: what cannot work ends before anything is written."""
         loaders = {
             "fit": (self.datamodule.train_dataloader, self.datamodule.val_dataloader),
             "validate": (self.datamodule.val_dataloader,),
             "test": (self.datamodule.test_dataloader,),
             "predict": (self.datamodule.predict_dataloader,),
         }
+        network = self.model.network.eval()
         for loader in loaders[command]:
-            loader().dataset[0]
+            image = loader().dataset[0][0].permute(2, 0, 1)[None]
+            try:
+                with torch.no_grad():
+                    network(self.model.normalize(image))
+            except (RuntimeError, ValueError, AssertionError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise UsageError(
+                    f"expected a network that takes {image.shape[2]} x {image.shape[3]} pixels, got {self.model.name}, "
+                    f"which fails: {reason}"
+                ) from error
+        if command == "fit":
+            create_optimizer(network, self.model.optim)
+        self.model.train()
 
     def _finished_fit(self) -> Run:
         best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
@@ -290,10 +345,36 @@ class TrainingCLI(LightningCLI):
         return Run(self.run_dir, self.model.eval(), self.datamodule, metrics)
 
 
-def _check_checkpoint(path: Path) -> None:
-    """Raises a `UsageError` where a checkpoint is not there or is none of Lightning's with plain tensors."""
-    if str(path) in ("last", "best", "hpc", "registry"):
+def _check_epochs(trainer: Any) -> None:
+    """Refuses a trainer that would never train, or never validate: without validation there are no best weights."""
+    epochs = trainer.max_epochs
+    if epochs is not None and epochs < 1:
+        raise UsageError(f"expected trainer.max_epochs of at least 1, got {epochs}")
+    if trainer.limit_val_batches == 0 or (epochs and (trainer.check_val_every_n_epoch or 1) > epochs):
+        raise UsageError(
+            "expected validation in the run, which decides on the best weights, got trainer options without: leave "
+            "trainer.limit_val_batches and trainer.check_val_every_n_epoch out"
+        )
+
+
+def _check_same_split(config: Any, run_dir: Path) -> None:
+    """Refuses to set photos aside in another way than the run did: they would be among those that it was trained on."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
         return
+    then, now = yaml.safe_load(path.read_text(encoding="utf-8")).get("data", {}), config.data
+    if (then.get("source"), then.get("path")) != (now.source, now.path):
+        return
+    for key in ("seed", "validation_share", "test_share"):
+        if key in then and then[key] != now[key]:
+            raise UsageError(
+                f"expected data.{key} {then[key]}, as in the run, got {now[key]}: photos that it was trained on would "
+                "be counted; give other photos with --data.path, or fit again"
+            )
+
+
+def check_checkpoint(path: Path, classes: Sequence[str]) -> None:
+    """Raises a `UsageError` where a checkpoint is not there, is not ours with plain tensors, or is of other classes."""
     if not path.is_file():
         raise UsageError(f"expected a checkpoint at {path}, got nothing: give --ckpt_path, or fit the run first")
     try:
@@ -305,6 +386,12 @@ def _check_checkpoint(path: Path) -> None:
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UsageError(f"expected a checkpoint of a run at {path}, got another file: give runs/<name>/{BEST}")
+    trained_on = tuple(content.get("classes", classes))
+    if trained_on != tuple(classes):
+        raise UsageError(
+            f"expected photos of the run's classes ({', '.join(trained_on)}), got {', '.join(classes)}: make the class "
+            "folders the same"
+        )
 
 
 def report_evaluation(run_dir: Path, classifier: Classifier, data: ImageDataModule, metrics: dict[str, float]) -> Path:
