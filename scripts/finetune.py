@@ -7,6 +7,7 @@ Takes what `vision-attn fit` takes, and insists on weights to start from:
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -18,8 +19,7 @@ def has_weights(arguments: list[str]) -> bool:
     """Returns whether the arguments, or the configs that they name, give weights to start from."""
     if any(argument.startswith(("--model.checkpoint", "--model.pretrained", "--help")) for argument in arguments):
         return True
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    paths = [value for name, value in pairs if name in ("--config", "-c")]
+    paths = [value for name, value in pairwise(arguments) if name in ("--config", "-c")]
     paths += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     configs = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in paths if Path(path).is_file()]
     models = [config.get("model") or {} for config in configs if isinstance(config, dict)]

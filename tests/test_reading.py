@@ -94,14 +94,14 @@ def test_damage_is_told_in_one_line(tmp_path):
 
 
 def test_the_end_of_a_thumbnail_is_not_taken_for_the_end_of_the_photo(tmp_path):
-    image = Image.fromarray(BLOCKS)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 144, 3), dtype=np.uint8))
     thumbnail = encoded(image.resize((36, 24)), "JPEG")
     # A camera's EXIF: a directory without tags, then one with the thumbnail's place (44 bytes on) and length.
     tiff = b"II*\0" + struct.pack("<IHIHHHIIHHIII", 8, 0, 14, 2, 0x201, 4, 1, 44, 0x202, 4, 1, len(thumbnail), 0)
     content = encoded(image, "JPEG", quality=95, exif=b"Exif\0\0" + tiff + thumbnail)
     assert content.count(b"\xff\xd9") == 2
     (tmp_path / "whole.jpg").write_bytes(content)
-    (tmp_path / "cut.jpg").write_bytes(content[:-500])
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     assert b"\xff\xd9" in (tmp_path / "cut.jpg").read_bytes()
     assert find_damage(tmp_path / "whole.jpg") is None
     assert "cut.jpg, got a damaged one" in find_damage(tmp_path / "cut.jpg")

@@ -82,7 +82,7 @@ def export_run(run: Run) -> Path:
     """Writes the artefact of a finished run to `export` in its folder, and returns that."""
     classifier, data = run.classifier, run.data
     # The network comes off the device, and off Lightning, as it is.
-    network = classifier.network.cpu().eval()
+    network: Any = classifier.network.cpu().eval()
     preprocessing = Preprocessing(
         image_size=data.image_size, mean=classifier.mean, std=classifier.std, transforms=data.eval_specs
     )

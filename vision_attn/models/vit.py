@@ -139,7 +139,8 @@ class ViTConfig:
         for name in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
             value = getattr(self, name)
             kind = "number" if name == "mlp_ratio" else "whole number"
-            if not isinstance(value, Real if kind == "number" else Integral) or not value > 0:
+            is_kind = isinstance(value, Real if kind == "number" else Integral)
+            if not is_kind or not value > 0:
                 raise UsageError(f"expected {name} as a {kind} above 0, got {value!r}: correct it")
         if self.embed_dim % self.num_heads:
             raise UsageError(

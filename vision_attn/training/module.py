@@ -78,9 +78,10 @@ class Classifier(pl.LightningModule):
             self.network = self.network.to(memory_format=torch.channels_last)
         freeze_modules(self.network, freeze or [])
         if grad_checkpointing:
-            if not hasattr(self.network, "set_grad_checkpointing"):
+            switch = getattr(self.network, "set_grad_checkpointing", None)
+            if not callable(switch):
                 raise UsageError(f"expected a network that can compute activations again, got {name}: leave it out")
-            self.network.set_grad_checkpointing(True)
+            switch(True)
         own = resolve_model_data_config(self.network)
         self.mean = _colours("mean", mean or own["mean"])
         self.std = _colours("std", std or own["std"])

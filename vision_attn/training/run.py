@@ -294,8 +294,8 @@ class TrainingCLI(LightningCLI):
                     shutil.rmtree(self.run_dir, ignore_errors=True)
                 raise
             return self._finished_fit()
-        named = {None: BEST, "best": BEST, "last": BEST.with_stem("last")}
-        given = kwargs.get("ckpt_path")
+        given = str(kwargs.get("ckpt_path") or "best")
+        named = {"best": BEST, "last": BEST.with_stem("last")}
         path = self.run_dir / named[given] if given in named else Path(given)
         check_checkpoint(path, self.datamodule.classes)
         kwargs["ckpt_path"] = str(path)
