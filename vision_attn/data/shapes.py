@@ -312,7 +312,7 @@ def _outlines() -> dict[str, list[np.ndarray]]:
 
 def _random_pose(rng: Generator, height: int, width: int) -> _Pose:
     """A place anywhere in the picture, the object whole; off the centre more often than a uniform draw has it."""
-    radius = min(height, width) * rng.uniform(0.19, 0.33)
+    radius = min(height, width) * rng.uniform(0.21, 0.34)
     # An arc-sine distribution on the free interval: the edges are as likely as in photos that nobody composed.
     x, y = (0.5 - 0.5 * math.cos(math.pi * turn) for turn in rng.random(2))
     rotation = rng.uniform(0, 2 * math.pi)
@@ -490,7 +490,7 @@ def _paint_foreground(picture: np.ndarray, rng: Generator) -> np.ndarray:
     """Draws up to two thin strokes over the picture; (H, W) bool, the pixels that they cover by half or more."""
     height, width = picture.shape[:2]
     hidden = np.zeros((height, width), bool)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 2)):
         points = _points(rng, picture, int(rng.integers(2, 5)), spread=0.5)
         coverage = np.zeros((height, width), np.uint8)
         thickness = max(1, round(min(height, width) / 64 * rng.uniform(0.5, 1.5)))
