@@ -1,13 +1,19 @@
 """explain: its checks, its result, the model as it was; raw attention and the controls."""
 
+import copy
 import dataclasses
+import gc
+import importlib
+import json
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import distributed, nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from vision_attn.attribution import METHODS, Explanation, explain, find_layout
 from vision_attn.capture import AttentionCapture
@@ -30,6 +36,26 @@ def tiny_vit(**options):
 def tiny_cnn():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def small_cnn():
+    """Batch norm with statistics of its own, a squeeze-and-excitation gate, and a head that tells places apart."""
+    torch.manual_seed(0)
+    model = timm.create_model("seresnet18", num_classes=5, channels=(8, 8, 12, 16), stem_width=8).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+# Options that make a method quick on 32 pixels.
+QUICK = {"occlusion": {"window": 16, "stride": 16}, "integrated_gradients": {"steps": 3}}
+ON_PIXELS = ("occlusion", "integrated_gradients")
+CONTROLS = ("center", "edges", "random")
+METHODS_OF_VITS = [name for name in METHODS.names() if name != "gates"]
+METHODS_OF_CNNS = [name for name in METHODS.names() if METHODS.info(name)["needs"] in ("nothing", "gates")]
 
 
 def noise(*shape):
@@ -63,16 +89,25 @@ def test_target_is_one_class_or_one_for_each_image(target):
     assert result.targets.tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", METHODS_OF_VITS)
 def test_batch_equals_its_images_one_by_one(method):
-    model, images = tiny_vit(), noise(3, 3, 32, 32)
-    batch = explain(model, images, method=method)
-    assert batch.maps.shape == (3, 4, 4)
+    model, images, options = tiny_vit(), noise(3, 3, 32, 32), QUICK.get(method, {})
+    batch = explain(model, images, method=method, **options)
+    assert batch.maps.shape == ((3, 32, 32) if method in ON_PIXELS else (3, 4, 4))
     assert batch.maps.isfinite().all()
     for index, image in enumerate(images):
-        single = explain(model, image[None], method=method)
-        torch.testing.assert_close(single.maps[0], batch.maps[index])
+        single = explain(model, image[None], method=method, **options)
+        torch.testing.assert_close(single.maps[0], batch.maps[index], atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(single.probabilities[0], batch.probabilities[index])
+
+
+@pytest.mark.parametrize("method", METHODS_OF_CNNS)
+def test_batch_equals_its_images_one_by_one_also_with_batch_norm(method):
+    model, images, options = small_cnn(), noise(3, 3, 64, 64), QUICK.get(method, {})
+    batch = explain(model, images, method=method, **options)
+    assert method in CONTROLS or batch.maps.std() > 0
+    singles = torch.cat([explain(model, image[None], method=method, **options).maps for image in images])
+    torch.testing.assert_close(singles, batch.maps, atol=1e-6, rtol=1e-4)
 
 
 def forwards(model):
@@ -81,11 +116,12 @@ def forwards(model):
     return count
 
 
-@pytest.mark.parametrize("method", METHODS.names())
-def test_model_runs_once(method):
+@pytest.mark.parametrize("method", [name for name in METHODS_OF_VITS if name not in ON_PIXELS])
+@pytest.mark.parametrize("target", [None, 1])
+def test_model_runs_once(method, target):
     model = tiny_vit()
     count = forwards(model)
-    explain(model, noise(2, 3, 32, 32), method=method)
+    explain(model, noise(2, 3, 32, 32), method=method, target=target)
     assert len(count) == 1
 
 
@@ -96,29 +132,139 @@ class Broken(nn.Module):
 
 def state(model):
     hooks = [
-        len(getattr(module, kind)) for module in model.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")
+        len(getattr(module, kind))
+        for module in model.modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
     ]
     modes = [module.training for module in model.modules()]
-    gradients = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    return hooks, modes, gradients, torch.get_rng_state().tolist(), torch.is_grad_enabled()
+    gradients = [
+        (parameter.requires_grad, parameter.grad is not None and parameter.grad.tolist())
+        for parameter in model.parameters()
+    ]
+    weights = [tensor.tolist() for tensor in model.state_dict().values()]
+    return hooks, modes, gradients, weights, torch.get_rng_state().tolist(), torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("method", METHODS.names())
-@pytest.mark.parametrize("broken", [False, True])
-def test_model_is_left_as_it_was_found(method, broken):
+def in_training():
     model = tiny_vit(proj_drop_rate=0.5)
     model.train()
     model.blocks[1].eval()
     next(model.parameters()).requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    model.blocks[0].register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS_OF_VITS)
+@pytest.mark.parametrize("broken", [False, True])
+def test_model_is_left_as_it_was_found(method, broken):
+    model = in_training()
     if broken:
-        model.head = Broken()
+        model.norm = Broken()
     before = state(model)
     if broken:
         with pytest.raises(RuntimeError, match="broken"):
-            explain(model, noise(2, 3, 32, 32), method=method)
+            explain(model, noise(2, 3, 32, 32), method=method, **QUICK.get(method, {}))
     else:
-        explain(model, noise(2, 3, 32, 32), method=method)
+        explain(model, noise(2, 3, 32, 32), method=method, **QUICK.get(method, {}))
     assert state(model) == before
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_model_is_left_as_it_was_found_by_a_careless_callable(broken):
+    def careless(model, images, target):
+        torch.manual_seed(3)
+        for module in model.modules():
+            module.register_forward_hook(lambda module, args, output: None)
+        model.norm.register_full_backward_hook(lambda module, given, gradients: None)
+        model.train()
+        for parameter in model.parameters():
+            parameter.requires_grad_()
+        model(images)[:, 0].sum().backward()
+        images.mul_(0)
+        if broken:
+            raise RuntimeError("broken")
+        return images[:, 0]
+
+    model, images = in_training(), noise(2, 3, 32, 32)
+    kept, before = images.clone(), state(model)
+    if broken:
+        with pytest.raises(RuntimeError, match="broken"):
+            explain(model, images, method=careless)
+    else:
+        explain(model, images, method=careless)
+    assert state(model) == before
+    assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("method", METHODS_OF_VITS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients_get_the_same(method, mode):
+    model, options = tiny_vit(), QUICK.get(method, {})
+    expected = explain(model, noise(2, 3, 32, 32), method=method, target=1, **options).maps
+    with mode():
+        images, target = noise(2, 3, 32, 32), torch.tensor([1, 1])
+        maps = explain(model, images, method=method, target=target, **options).maps
+        assert not torch.is_grad_enabled()
+    assert torch.equal(maps, expected)
+    assert not maps.requires_grad
+
+
+def test_registered_methods_may_differentiate_whatever_the_caller_does():
+    @METHODS.register("sensitivity", class_specific=True, needs="nothing")
+    def sensitivity(model, images, target):
+        (gradient,) = torch.autograd.grad(model(images)[:, 0].sum(), model.patch_embed.proj.weight)
+        return gradient.abs().sum().expand(len(images), 1, 1)
+
+    model = tiny_vit()
+    try:
+        expected = explain(model, noise(2, 3, 32, 32), method="sensitivity").maps
+        with torch.inference_mode():
+            assert torch.equal(explain(model, noise(2, 3, 32, 32), method="sensitivity").maps, expected)
+    finally:
+        METHODS._things.pop("sensitivity")
+        METHODS._info.pop("sensitivity")
+
+
+def test_a_model_made_under_inference_mode_has_no_gradients_and_says_so():
+    with torch.inference_mode():
+        model = tiny_vit()
+    with pytest.raises(UsageError, match=r"one that was made under torch\.inference_mode: make it outside"):
+        explain(model, noise(1, 3, 32, 32), method="generic")
+    assert explain(model, noise(1, 3, 32, 32), method="rollout").maps.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("method", METHODS_OF_VITS)
+def test_frozen_and_checkpointed_models_give_the_same(method):
+    model, images, options = tiny_vit(), noise(2, 3, 32, 32), QUICK.get(method, {})
+    expected = explain(model, images, method=method, **options).maps
+    model.set_grad_checkpointing()
+    maps = explain(model.requires_grad_(False), images, method=method, **options).maps
+    torch.testing.assert_close(maps, expected)
+    assert model.grad_checkpointing
+
+
+def test_no_memory_grows_over_200_calls():
+    model, images = tiny_vit(depth=1, embed_dim=6, img_size=16), noise(1, 3, 16, 16)
+    cnn, photos = small_cnn(), noise(1, 3, 64, 64)
+
+    def calls(count):
+        for _ in range(count):
+            for method in ("rollout", "raw", "grad_rollout", "generic", "legrad", "random"):
+                explain(model, images, method=method)
+        for _ in range(1 + count // 10):
+            explain(cnn, photos, method="grad_cam")
+            explain(cnn, photos, method="gates")
+            explain(model, images, method="occlusion", window=8, stride=8)
+            explain(model, images, method="integrated_gradients", steps=2)
+        gc.collect()
+        objects = gc.get_objects()
+        return sum(issubclass(type(one), torch.Tensor) for one in objects), len(objects)
+
+    tensors, objects = calls(3)
+    after = calls(35)
+    assert after[0] == tensors
+    assert after[1] < objects + 100  # not one for each call
 
 
 def test_dropout_is_off_also_in_a_model_that_is_training():
@@ -164,9 +310,21 @@ def test_images_that_cannot_be_used_are_refused(images, message):
         ({"method": "edges", "seed": 1}, "expected no options for edges, got 'seed'"),
         ({"target": 5}, "expected a target below 5, the number of classes, got 5"),
         ({"target": -1}, "expected a target of at least 0, got -1"),
-        ({"target": [1, 2, 3]}, r"one class index or 2 \(one for each image\)"),
+        ({"target": [1, 2, 3]}, r"one class, 2 \(one for each image\), or several for each as \(1, T\) or \(2, T\)"),
+        ({"target": [[1], [2], [3]]}, r"or several for each as \(1, T\) or \(2, T\)"),
+        ({"target": [[1, 2], [3]]}, "give whole numbers"),
+        ({"target": [[]]}, "give whole numbers"),
         ({"target": 1.5}, "give whole numbers"),
-        ({"target": "cat"}, "give whole numbers"),
+        ({"target": True}, "give whole numbers"),
+        ({"target": {"cat"}}, "give whole numbers"),
+        ({"target": [[0, 5]], "method": "generic"}, "expected a target below 5, the number of classes, got 5"),
+        ({"target": 5, "method": "legrad"}, "expected a target below 5, the number of classes, got 5"),
+        ({"target": 5, "method": "occlusion"}, "expected a target below 5, the number of classes, got 5"),
+        ({"target": "cat"}, "got 'cat' for a model without class names: pass classes="),
+        ({"target": "cta", "classes": ["cat", "dog", "a", "b", "c"]}, "got 'cta': did you mean 'cat'"),
+        ({"classes": ["cat", "dog"]}, "expected 5 class names, one for each logit, got 2"),
+        ({"classes": "cat"}, r"as a sequence of names, got 'cat': pass \['cat', ...\]"),
+        ({"method": 3}, r"a method's name or a callable \(model, images, target\) -> maps, got int: choose one of"),
         ({"geometry": [Geometry.identity((4, 4))] * 3}, "expected 2 geometries, one for each image, got 3"),
         ({"method": "center", "sigma": 0}, "expected a sigma above 0"),
     ],
@@ -181,7 +339,7 @@ def test_model_without_logits_is_refused():
         explain(nn.Identity(), noise(2, 3, 8, 8), method="center")
 
 
-def test_any_callable_can_be_a_method():
+def test_any_callable_can_be_a_registered_method():
     def ones(model, images, target):
         model(images)
         return torch.ones(len(images), 2, 2) * target[:, None, None]
@@ -194,6 +352,230 @@ def test_any_callable_can_be_a_method():
         METHODS._info.pop("ones")
     assert torch.equal(result.maps[:, 0, 0], result.targets.float())
     assert result.layout is None
+
+
+def test_a_callable_is_a_method_as_it_stands():
+    seen = []
+
+    def square(model, images, target, *, side=2, layout=None):
+        seen.append((torch.is_grad_enabled(), layout.grid))
+        return np.ones((len(images), 1, side, side)) * target[:, None, None, None].numpy()
+
+    result = explain(tiny_vit(), noise(2, 3, 32, 32), method=square, target=[3, 1], side=4)
+    assert (result.method, result.options) == ("square", {"side": 4})
+    assert result.maps[:, 0, 0].tolist() == [3.0, 1.0]
+    assert result.maps.shape == (2, 4, 4)
+    assert seen == [(True, (4, 4))]
+    predicted = explain(tiny_vit(), noise(2, 3, 32, 32), method=square)
+    assert (
+        predicted.maps[:, 0, 0].tolist()
+        == predicted.targets.tolist()
+        == predicted.probabilities.new_tensor(
+            [int(logits.argmax()) for logits in tiny_vit()(noise(2, 3, 32, 32))]
+        ).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4), r"expected maps \(2, h, w\) or \(2, 1, h, w\) from <lambda>, got \(2, 3, 4, 4\)"),
+        (torch.zeros(4, 4), r"got \(4, 4\): return one map for each image"),
+        (torch.zeros(1, 4, 4), r"got \(1, 4, 4\)"),
+        ([1.0], r"expected maps \(2, h, w\) from <lambda>, got list: return a tensor or an array"),
+    ],
+)
+def test_maps_of_a_callable_that_cannot_be_used_are_refused(maps, message):
+    with pytest.raises(UsageError, match=message):
+        explain(tiny_vit(), noise(2, 3, 32, 32), method=lambda model, images, target: maps)
+
+
+def test_objects_of_pytorch_grad_cam_work_and_leave_nothing_behind():
+    grad_cam = pytest.importorskip("pytorch_grad_cam")
+    targets = importlib.import_module("pytorch_grad_cam.utils.model_targets")
+    model, images = small_cnn(), noise(2, 3, 64, 64)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    before = state(model)
+
+    def method(model, images, target):
+        cam = grad_cam.GradCAM(model, [model.layer4])
+        return cam(images, [targets.ClassifierOutputTarget(int(one)) for one in target])
+
+    result = explain(model, images, method=method, target=2)
+    assert state(model) == before
+    with grad_cam.GradCAM(model, [model.layer4]) as cam:
+        expected = cam(images, [targets.ClassifierOutputTarget(2)] * 2)
+    np.testing.assert_allclose(result.maps.numpy(), expected, atol=1e-5)
+
+
+# Targets.
+
+
+NAMES = ("ant", "bee", "cat", "dog", "elk")
+
+
+def test_targets_are_given_by_name():
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    expected = explain(model, images, method="generic", target=[2, 3])
+    assert expected.classes is None
+    named = explain(model, images, method="generic", target=["cat", "dog"], classes=NAMES)
+    assert torch.equal(named.maps, expected.maps)
+    assert named.classes == NAMES
+    model.classes = NAMES
+    assert torch.equal(explain(model, images, method="generic", target="dog").maps[1], expected.maps[1])
+
+
+def test_names_left_from_another_head_are_not_used():
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    model.classes = ("cat", "dog")
+    assert explain(model, images).classes is None
+    with pytest.raises(UsageError, match="expected 5 class names, one for each logit, got 2"):
+        explain(model, images, target="dog")
+
+
+@pytest.mark.parametrize("target", [[["cat", 0, "bee"]], [[2, 0, 1], [2, 0, 1]], torch.tensor([[2, 0, 1]])])
+@pytest.mark.parametrize("method", ["generic", "legrad", "grad_cam", "rollout"])
+def test_several_targets_at_once_equal_one_after_the_other(method, target):
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    result = explain(model, images, method=method, target=target, classes=NAMES)
+    assert result.maps.shape == (2, 3, 4, 4)
+    assert result.targets.tolist() == [[2, 0, 1], [2, 0, 1]]
+    for place, index in enumerate([2, 0, 1]):
+        single = explain(model, images, method=method, target=index)
+        torch.testing.assert_close(result.maps[:, place], single.maps)
+        torch.testing.assert_close(result.probabilities[:, place], single.probabilities)
+
+
+def test_several_targets_of_each_image_differ():
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    result = explain(model, images, method="generic", target=[[0, 1], [2, 3]])
+    single = explain(model, images, method="generic", target=[1, 3])
+    torch.testing.assert_close(result.maps[:, 1], single.maps)
+
+
+def test_a_method_that_asks_for_no_class_runs_once_for_several():
+    model = tiny_vit()
+    count = forwards(model)
+    result = explain(model, noise(2, 3, 32, 32), target=[[0, 1, 2]])
+    assert len(count) == 1
+    assert torch.equal(result.maps[:, 0], result.maps[:, 2])
+
+
+# Models that stand in something.
+
+
+def hugging_face_vit():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: index for index, name in enumerate(NAMES)},
+    )
+    return ViTForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize("method", ["rollout", "generic", "legrad", "grad_cam", "integrated_gradients", "occlusion"])
+def test_models_that_return_an_output_with_logits_are_explained(method):
+    model, images = hugging_face_vit(), noise(2, 3, 32, 32)
+    layout = TokenLayout(("class",), (4, 4))
+    options = QUICK.get(method, {}) | ({"layout": layout} if method not in ON_PIXELS else {})
+    result = explain(model, images, method=method, target="cat", **options)
+    with torch.no_grad():
+        torch.testing.assert_close(result.probabilities, model(images).logits.softmax(-1)[:, 2])
+    assert result.classes == NAMES
+    assert result.maps.std() > 0
+
+
+@pytest.mark.parametrize("method", ["rollout", "generic", "legrad", "grad_cam"])
+def test_compiled_models_are_explained_through_their_original(method):
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="eager")
+    result = explain(compiled, images, method=method)
+    assert torch.equal(result.maps, explain(model, images, method=method).maps)
+
+
+@pytest.mark.parametrize("method", ["rollout", "generic", "grad_cam"])
+def test_distributed_models_are_explained_and_train_on(method, tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, images = tiny_vit(), noise(2, 3, 32, 32)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        count = forwards(wrapped)
+        result, expected = (explain(one, images, method=method) for one in (wrapped, model))
+        assert not count  # its forward pass would wait for other processes, which explain nothing
+        assert torch.equal(result.maps, expected.maps)
+        assert result.options == expected.options
+        wrapped(images).sum().backward()
+        wrapped(images).sum().backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_half_precision_models_are_explained():
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    expected = explain(model, images, method="generic", target=1).maps
+    result = explain(copy.deepcopy(model).bfloat16(), images, method="generic", target=1)
+    assert torch.corrcoef(torch.stack([result.maps.flatten().float(), expected.flatten()]))[0, 1] > 0.95
+
+
+# Files.
+
+
+def same(one, other):
+    assert torch.equal(one.maps, other.maps) and one.maps.dtype == other.maps.dtype
+    assert torch.equal(one.targets, other.targets)
+    assert torch.equal(one.probabilities, other.probabilities)
+    for name in ("method", "options", "layout", "geometry", "versions", "classes"):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_patch": (1, 2), "geometry": Geometry.identity((40, 60)).resize((32, 32))},
+        {"method": "generic", "target": [["cat", "dog"]], "classes": NAMES},
+        {"method": "occlusion", "target": 1, "window": 8},
+    ],
+)
+def test_saved_explanation_is_loaded_as_it_was(options, tmp_path):
+    result = explain(tiny_vit(), noise(2, 3, 32, 32), **options)
+    path = result.save(tmp_path / "deep" / "maps.safetensors")
+    same(Explanation.load(path), result)
+    assert list(path.parent.iterdir()) == [path]
+    assert set(load_file(path)) == {"maps", "targets", "probabilities"}
+    with pytest.raises(UsageError, match=r"maps.safetensors, which exists: choose another name"):
+        result.save(path)
+
+
+def test_files_that_hold_no_explanation_are_refused(tmp_path):
+    path = explain(tiny_vit(), noise(2, 3, 32, 32)).save(tmp_path / "maps")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:4], b"", b"{}" * 40, whole.replace(b"rollout", b"roll\x00ut")):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="got a file that is damaged or holds something else"):
+            Explanation.load(path)
+    save_file({"maps": torch.zeros(1)}, path)
+    with pytest.raises(UsageError, match="damaged or holds something else"):
+        Explanation.load(path)
+    tensors = {name: torch.zeros(1) for name in ("maps", "targets", "probabilities")}
+    save_file(tensors, path, {"vision_attn.explanation": json.dumps({"version": 2})})
+    with pytest.raises(UsageError, match=r"of version 1 in .*, got version 2"):
+        Explanation.load(path)
+    with pytest.raises(UsageError, match=r"expected a file at .*absent"):
+        Explanation.load(tmp_path / "absent")
+
+
+def test_options_that_no_file_can_hold_are_refused(tmp_path):
+    result = explain(tiny_vit(), noise(1, 3, 32, 32), method=lambda m, x, t, *, thing: x[:, 0], thing=object())
+    with pytest.raises(UsageError, match="expected options that JSON can hold"):
+        result.save(tmp_path / "maps")
+    assert not list(tmp_path.iterdir())
 
 
 # Layouts.

@@ -32,8 +32,12 @@ def test_layout_survives_json():
     [
         ({"prefix": (), "grid": (0, 3)}, "positive integers"),
         ({"prefix": (), "grid": (3,)}, "positive integers"),
-        ({"prefix": (), "grid": (2, 2), "query": "latent"}, "expected a query of class, distilled, mean, map"),
+        (
+            {"prefix": (), "grid": (2, 2), "query": "latent"},
+            "expected a query of class, distilled, mean, class_mean, map",
+        ),
         ({"prefix": (), "grid": (2, 2), "query": "class"}, "expected a 'class' token"),
+        ({"prefix": ("register",), "grid": (2, 2), "query": "class_mean"}, "expected a 'class' token"),
         ({"prefix": ("class",), "grid": (2, 2), "query": "distilled"}, "expected a 'distillation' token"),
     ],
 )

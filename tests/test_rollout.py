@@ -266,19 +266,20 @@ def test_timm_models_equal_the_full_product(name, layout):
 
 def test_windows_are_refused_with_what_works():
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(2,), num_heads=(3,))
-    with pytest.raises(UsageError, match=r"got windows of 49 tokens in 'layers.0.blocks.0.attn': use center or edges"):
+    with pytest.raises(UsageError, match=r"got windows of 49 tokens in 'layers.0.blocks.0.attn': use .*or raw or"):
         explain(model, noise(1, 3, 56, 56))
 
 
 def test_convolutional_network_is_refused_with_what_works():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(AttentionNotFoundError, match="needs no attention: center, edges, random"):
+    with pytest.raises(AttentionNotFoundError, match=r"needs no attention: grad_cam, .*, random$"):
         explain(model, noise(1, 3, 8, 8))
 
 
 def test_layout_that_does_not_fit_is_refused():
     model, images = tiny_vit(), noise(1, 3, 32, 32)
-    with pytest.raises(UsageError, match=r"expected 16 tokens in every layer.*got 17 in 'blocks.0.attn'"):
+    message = r"expected attention among 16 tokens.*got self attention over 17 in 'blocks.0.attn'"
+    with pytest.raises(UsageError, match=message):
         explain(model, images, layout=TokenLayout(prefix=(), grid=(4, 4)))
     with pytest.raises(UsageError, match="expected a MAP head over 17 tokens, got no such attention"):
         explain(model, images, layout=TokenLayout(prefix=("class",), grid=(4, 4), query="map"))
@@ -321,3 +322,25 @@ def test_real_weights_equal_the_full_product(real_vit, options):
     single = explain(real_vit, images.float()).maps
     double = explain(model, images).maps
     np.testing.assert_allclose(single.numpy(), double.numpy(), atol=1e-6)
+
+
+def test_class_token_that_joins_late_answers_through_class_attention():
+    torch.manual_seed(0)
+    model = timm.create_model("cait_xxs24_224", img_size=32, patch_size=8, depth=2, num_classes=3).eval().double()
+    images = noise(2, 3, 32, 32)
+    with torch.no_grad(), AttentionCapture(model) as capture:
+        model(images)
+    *layers, first, last = [record.weights.mean(1).numpy() for record in capture.records]
+    for image in range(2):
+        # The whole product over class token and patches: before the class attention the token stands alone.
+        product = np.eye(17)
+        for layer in layers:
+            mixed = np.eye(17)
+            mixed[1:, 1:] = (layer[image] + np.eye(16)) / 2
+            product = mixed @ product
+        for layer in (first, last):
+            mixed = np.eye(17)
+            mixed[0] = (layer[image, 0] + np.eye(17)[0]) / 2
+            product = mixed @ product
+        expected = product[0, 1:] / product[0, 1:].sum()
+        np.testing.assert_allclose(explain(model, images).maps[image].flatten().numpy(), expected, atol=1e-12)

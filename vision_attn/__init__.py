@@ -17,6 +17,7 @@ _PUBLIC = {
     "CheckpointMismatchError": "vision_attn.errors",
     "Explanation": "vision_attn.attribution.base",
     "Geometry": "vision_attn.geometry",
+    "METHODS": "vision_attn.attribution.base",
     "TokenLayout": "vision_attn.layout",
     "UsageError": "vision_attn.errors",
     "ViT": "vision_attn.models.vit",

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vision_attn.errors import UsageError
 
-Query = Literal["class", "distilled", "mean", "map"]
+Query = Literal["class", "distilled", "mean", "class_mean", "map"]
 QUERIES: tuple[str, ...] = get_args(Query)
+_NEEDED = {"class": ("class",), "distilled": ("class", "distillation"), "class_mean": ("class",)}
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class TokenLayout:
         prefix: Names of the tokens before the patches, in order: "class", "distillation", "register".
         grid: Patches as (h, w), row by row after the prefix.
         query: What becomes the image's answer: "class" (the class token), "distilled" (the mean of class and
-            distillation token), "mean" (the mean of the patches) or "map" (a latent that attends to all tokens,
-            multi-head attention pooling). Left out, it is the class token where there is one, else the mean.
+            distillation token), "mean" (the mean of the patches), "class_mean" (class token and mean of the patches
+            side by side, as in DINOv2's classifier) or "map" (a latent that attends to all tokens: multi-head attention
+            pooling, or a class token that joins after the blocks). Left out, it is the class token where there is one,
+            else the mean.
 
     Raises:
         UsageError: the grid is not two positive integers, the query is unknown or asks for a token that is not there.
@@ -49,7 +52,7 @@ class TokenLayout:
             raise UsageError(f"expected a grid (h, w) of positive integers, got {self.grid}: give rows, then columns")
         if self.query not in QUERIES:
             raise UsageError(f"expected a query of {', '.join(QUERIES)}, got {self.query!r}: choose one of them")
-        needed = {"class": ("class",), "distilled": ("class", "distillation")}.get(self.query, ())
+        needed = _NEEDED.get(self.query, ())
         if missing := [name for name in needed if name not in self.prefix]:
             raise UsageError(
                 f"expected a {missing[0]!r} token for query {self.query!r}, got prefix {self.prefix}: "

@@ -20,7 +20,7 @@ from vision_attn.layout import TokenLayout
 _GREY = (0.299, 0.587, 0.114)
 
 
-@METHODS.register("random", class_specific=False, needs="nothing")
+@METHODS.register("random", class_specific=False, needs="nothing", control=True)
 def random(
     model: nn.Module,
     images: Tensor,
@@ -32,6 +32,13 @@ def random(
     """Returns uniform noise in [0, 1), (B, h, w); an image's noise follows from its pixels and `seed` alone.
 
     So it is the same in every batch and every order, and torch's random state is not touched.
+
+    Args:
+        model: Not used.
+        images: (B, 3, H, W).
+        target: Not used.
+        layout: Gives the grid; None for pixels.
+        seed: Another seed gives other noise.
     """
     size = _size(images, layout)
     maps = []
@@ -42,7 +49,7 @@ def random(
     return torch.stack(maps).to(images)
 
 
-@METHODS.register("center", class_specific=False, needs="nothing")
+@METHODS.register("center", class_specific=False, needs="nothing", control=True)
 def center(
     model: nn.Module,
     images: Tensor,
@@ -66,11 +73,18 @@ def center(
     return (rows[:, None] * columns).expand(len(images), -1, -1).clone()
 
 
-@METHODS.register("edges", class_specific=False, needs="nothing")
+@METHODS.register("edges", class_specific=False, needs="nothing", control=True)
 def edges(
     model: nn.Module, images: Tensor, target: Tensor | None = None, *, layout: TokenLayout | None = None
 ) -> Tensor:
-    """Returns the Sobel magnitude of the grey image, (B, h, w), as the mean over each patch where there is a grid."""
+    """Returns the Sobel magnitude of the grey image, (B, h, w), as the mean over each patch where there is a grid.
+
+    Args:
+        model: Not used.
+        images: (B, 3, H, W).
+        target: Not used.
+        layout: Gives the grid; None for pixels.
+    """
     grey = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
     slope = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
     padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")

@@ -2,18 +2,23 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vision_attn.attribution.base import METHODS, captured
-from vision_attn.attribution.rollout import HeadFusion, check_fusion, fuse_heads, pooling_row, refuse_windows
-from vision_attn.attribution.tokens import find_layout, query_row
+from vision_attn.attribution.base import METHODS, captured, working_methods
+from vision_attn.attribution.positions import find_positions, query_shares, scatter
+from vision_attn.attribution.rollout import HeadFusion, check_fusion, fuse_heads, is_class_attention, pooling_row
+from vision_attn.attribution.tokens import find_layout, is_known, query_row
 from vision_attn.capture import AttentionRecord
 from vision_attn.errors import UsageError
 from vision_attn.layout import TokenLayout
 from vision_attn.registry import unknown
 
+# Attention weights in memory at a time.
+_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
-@METHODS.register("raw", class_specific=False, needs="global attention")
+
+@METHODS.register("raw", class_specific=False, needs="attention")
 def raw(
     model: nn.Module,
     images: Tensor,
@@ -27,8 +32,12 @@ def raw(
 ) -> Tensor:
     """Returns what the image's answer (or one patch) attends to in one layer, (B, h, w).
 
+    In models of windows and stages, and where the layout is not known, the map lies on the layer's own grid and shows
+    the attention that each place receives: the mean over all queries, each in its window; what goes to padding and to
+    other tokens than places is not shown. See `find_positions`.
+
     Args:
-        model: A model in which every token attends to every other.
+        model: A model with attention between places.
         images: (B, 3, H, W), as the model wants them.
         target: Not used: attention does not depend on the class.
         layout: The tokens' layout; None to find it from the model.
@@ -36,32 +45,79 @@ def raw(
             model with a MAP head the last is the head; in the layers before it the mean of the patches' rows is shown.
         head: One head, from 0; None fuses all of them.
         head_fusion: "mean", "max" or "min" over the heads.
-        query_patch: (row, column) of the patch whose row is shown, in place of the image's answer.
+        query_patch: (row, column) of the patch whose row is shown, in place of the image's answer; on the grid of the
+            layer's queries. Outside of its window the map is 0.
 
     Raises:
         AttentionNotFoundError: the model shows no attention.
-        UsageError: the layer, head or patch is not there, or attention is within windows.
+        UsageError: the layer, head or patch is not there, or the layer's attention is not between places.
     """
     check_fusion(head_fusion)
     records = captured(model, images)
-    refuse_windows(records, "raw")
     record = _chosen(records, layer)
-    layout = layout or find_layout(model, images)
+    if record.kind == "channel":
+        raise _no_places(records, record)
     if head is not None and not 0 <= head < record.num_heads:
         raise UsageError(f"expected a head from 0 to {record.num_heads - 1} in {record.name!r}, got {head}: choose one")
-    if record.kind == "cross":
-        if query_patch is not None:
-            raise UsageError(
-                f"expected a layer of self-attention for query_patch, got {record.name!r}, in which no patch asks: "
-                "choose a layer before it"
-            )
-        return layout.patches(pooling_row([record], layout, head_fusion, head=head))
-    row = query_row(layout, record.rows(0, 1), query_patch=query_patch)
-    layout.patches(row.new_empty(record.key_length))  # the layout fits this layer, or an error says so
-    asking = row.nonzero()[:, 0]
+    if layout is None and is_known(model):
+        layout = find_layout(model, images)
+    if layout is None or record.kind == "window":
+        positions = find_positions(model, images, record)
+        shares = query_shares(positions, record.query_length, query_patch)
+        return scatter(_received(record, shares, head_fusion, head).unflatten(0, (len(images), -1)), positions)
+    if record.kind != "cross":
+        row = query_row(layout, torch.empty(0, dtype=torch.float64, device=images.device), query_patch=query_patch)
+        layout.patches(row.new_empty(record.key_length))  # the layout fits this layer, or an error says so
+        return layout.patches(_received(record, row[None], head_fusion, head))
+    if query_patch is not None:
+        raise UsageError(
+            f"expected a layer of self-attention for query_patch, got {record.name!r}, in which no patch asks: "
+            "choose a layer before it"
+        )
+    if is_class_attention(record, layout):
+        # Class attention: the class token, which joins late, attends to itself and to the patches.
+        return fuse_heads(record.weights, head_fusion, head=head)[:, 0, 1:].unflatten(-1, layout.grid)
+    return layout.patches(pooling_row([record], layout, head_fusion, head=head))
+
+
+def _received(record: AttentionRecord, shares: Tensor, head_fusion: HeadFusion, head: int | None) -> Tensor:
+    """Returns the attention that each key receives, (B, K): the mean over queries, weighted by their shares.
+
+    Args:
+        record: B images, or images times windows.
+        shares: (W, Q) for the queries of each of W windows of an image, the same for every image.
+        head_fusion: As in `raw`.
+        head: As in `raw`.
+    """
+    shares = shares.to(record.values.device).repeat(record.batch_size // len(shares), 1)
+    asking = shares.any(0).nonzero()[:, 0]
+    if not len(asking):  # the patch is no query of this layer
+        return torch.zeros(record.batch_size, record.key_length, device=shares.device)
     first, last = int(asking[0]), int(asking[-1]) + 1
-    weights = fuse_heads(record.rows(first, last), head_fusion, head=head)
-    return layout.patches((row[first:last, None] * weights).sum(1))
+    weights_a_row = record.num_heads * record.key_length
+    rows = max(1, _AT_ONCE.get(shares.device.type, _AT_ONCE["cpu"]) // weights_a_row)
+    at_once = max(1, rows // (last - first))
+    parts = []
+    for start in range(0, record.batch_size, at_once):
+        images = slice(start, start + at_once)
+        share = shares[images]
+        part = torch.zeros(len(share), record.key_length, device=shares.device)
+        for top in range(first, last, rows) if share.any() else ():
+            block = slice(top, min(top + rows, last))
+            fused = fuse_heads(record.rows(block.start, block.stop, images=images), head_fusion, head=head)
+            part = part + (share[:, None, block].to(fused) @ fused)[:, 0]
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _no_places(records: list[AttentionRecord], record: AttentionRecord) -> UsageError:
+    """Returns the error for a layer whose attention is between channels."""
+    layers = [other.name for other in records if other.kind != "channel"]
+    others = f"choose {' or '.join(layers[:4])}{' ...' * (len(layers) > 4)}, or " if layers else ""
+    return UsageError(
+        f"expected attention between places, got attention between channels in {record.name!r}: {others}"
+        f"use {' or '.join(working_methods('nothing'))}"
+    )
 
 
 def _chosen(records: list[AttentionRecord], layer: Any) -> AttentionRecord:

@@ -1,20 +1,21 @@
 """Attention rollout, exact, in memory linear in the number of tokens.
 
-Only one row of the rollout is ever shown, so nothing is multiplied out: the row goes from the last layer to the first,
-one vector-matrix product a layer, and that product is a sum over blocks of query rows. Attention exists one block at a
-time, formed from the queries and keys that the capture refers to.
+Only one row of the rollout is ever shown, so where tokens are many nothing is multiplied out: the row goes from the
+last layer to the first, one vector-matrix product a layer, and that product is a sum over blocks of query rows.
+Attention exists one block at a time, formed from the queries and keys that the capture refers to. Where tokens are
+fewer than the model is wide, the matrix product itself is the smaller thing, and is made while the model runs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_attn.attribution.base import METHODS, captured, working_methods
+from vision_attn.attribution.base import METHODS, seen_records, working_methods
 from vision_attn.attribution.tokens import find_layout, query_row
-from vision_attn.capture import AttentionRecord
+from vision_attn.capture import AttentionCapture, AttentionInputs, AttentionRecord
 from vision_attn.errors import UsageError
 from vision_attn.layout import TokenLayout
 from vision_attn.registry import unknown
@@ -63,11 +64,20 @@ def rollout(
     number = isinstance(discard_ratio, int | float) and not isinstance(discard_ratio, bool)
     if not number or not 0 <= discard_ratio < 1:
         raise UsageError(f"expected discard_ratio from 0 to below 1, got {discard_ratio!r}: 0.9 drops nine tenths")
-    records = captured(model, images)
+    folded = _Folded(layout, head_fusion, discard_ratio)
+    with AttentionCapture(model, keep=folded) as capture, torch.no_grad():
+        model(images)
+    records = seen_records(capture)
     refuse_windows(records, "rollout")
     layout = layout or find_layout(model, images)
-    row = rollout_row(records, layout, head_fusion=head_fusion, discard_ratio=discard_ratio, query_patch=query_patch)
-    return layout.patches(row)
+    layers, pooling = _checked(records, layout)
+    kept = [record.reduced for record in pooling]
+    if folded.matrix is not None:
+        row = _answer(folded.matrix, kept, layout, head_fusion, query_patch)
+        return layout.patches(torch.bmm(row[:, None], folded.matrix)[:, 0])
+    kept += [record.reduced for record in layers]
+    options: dict[str, Any] = {"head_fusion": head_fusion, "discard_ratio": discard_ratio, "query_patch": query_patch}
+    return layout.patches(rollout_row(kept, layout, **options))
 
 
 def rollout_row(
@@ -94,28 +104,109 @@ def rollout_row(
     Raises:
         UsageError: the records are not attention among the layout's tokens, layer after layer.
     """
+    layers, pooling = _checked(records, layout)
+    row = _answer(layers[0].rows(0, 1), pooling, layout, head_fusion, query_patch)
+    for record in reversed(layers):
+        row = _through_layer(row, record, head_fusion, discard_ratio, _class_token(layout))
+    return row
+
+
+class _Folded:
+    """The rollout matrix of the layers that ran so far: what a capture makes of its records while the model runs.
+
+    Where tokens are fewer than the model is wide, multiplying the layers' matrices as they come, the first layer
+    rightmost, takes less memory than their queries and keys, and hardly more time than the row alone. Where they are
+    more, a call gives back the layer's queries and keys, for the row to pass through later.
+
+    Attributes:
+        matrix: (B, N, N); None before the first layer, and where queries and keys are kept.
+    """
+
+    def __init__(self, layout: TokenLayout | None, head_fusion: HeadFusion, discard_ratio: float) -> None:
+        self.layout, self.head_fusion, self.discard_ratio = layout, head_fusion, discard_ratio
+        self.matrix: Tensor | None = None
+
+    def __call__(self, record: AttentionRecord) -> AttentionRecord | None:
+        num_tokens, width = record.key_length, record.num_heads * record.values.shape[-1]
+        if record.kind != "self" or self.layout is None or num_tokens != self.layout.num_tokens or num_tokens > width:
+            return record.without_values()
+        dtype = torch.promote_types(record.values.dtype, torch.float32)
+        mixed = record.values.new_empty(record.batch_size, num_tokens, num_tokens, dtype=dtype)
+        for images, weights in record.attend(_block_size(mixed)):
+            mixed[images] = _FUSIONS[self.head_fusion](weights)
+        if self.discard_ratio:
+            border = _kth_smallest_at_once(mixed.flatten(1), int(self.discard_ratio * num_tokens**2))
+            _discard(mixed, border, _class_token(self.layout))
+        mixed.diagonal(dim1=1, dim2=2).add_(1.0)
+        mixed /= mixed.sum(-1, keepdim=True)
+        self.matrix = mixed if self.matrix is None else torch.bmm(mixed, self.matrix)
+        return None
+
+
+def _checked(
+    records: Sequence[AttentionRecord], layout: TokenLayout
+) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+    """Returns the self-attention layers, and what pools their tokens, if the layers work on the layout's tokens."""
     layers = [record for record in records if record.kind != "cross"]
     for record in layers:
-        if record.key_length != layout.num_tokens:
+        if record.kind != "self" or record.key_length != layout.num_tokens:
             raise UsageError(
-                f"expected {layout.num_tokens} tokens in every layer ({layout.num_prefix} prefix + {layout.grid[0]} x "
-                f"{layout.grid[1]}), got {record.key_length} in {record.name!r}: pass the layout of this model at this "
-                f"image size, or use {' or '.join(working_methods('attention', 'nothing'))}"
+                f"expected attention among {layout.num_tokens} tokens in every layer ({layout.num_prefix} prefix + "
+                f"{layout.grid[0]} x {layout.grid[1]}), got {record.kind} attention over {record.key_length} in "
+                f"{record.name!r}: pass the layout of this model at this image size, or use {_alternatives()}"
             )
     pooling = [record for record in records if record.kind == "cross"]
-    if not layers or (pooling and layout.query != "map"):
+    if not layers or (pooling and pooling[0].index < layers[-1].index):
         raise UsageError(
-            f"expected self-attention layers and a MAP head only, got {_summary(records)}: "
-            f"use {' or '.join(working_methods('attention', 'nothing'))}"
+            f"expected self-attention layers, and after them at most a head's own attention, got {_summary(records)}: "
+            f"use {_alternatives()}"
         )
-    first = layers[0].rows(0, 1)
-    row = query_row(layout, first, query_patch=query_patch).expand(len(first), -1)
+    # Attention after the layers that the answer does not come from is not part of it: a pooling that the head ignores.
+    return layers, pooling if layout.query == "map" else []
+
+
+def _answer(
+    like: Tensor,
+    pooling: Sequence[AttentionRecord],
+    layout: TokenLayout,
+    head_fusion: HeadFusion,
+    query_patch: tuple[int, int] | None,
+) -> Tensor:
+    """Returns the weight of every token in each image's answer, (B, N), with batch, type and device of `like`."""
     if layout.query == "map" and query_patch is None:
-        row = pooling_row(pooling[-1:], layout, head_fusion)
-    protected = layout.index("class") if "class" in layout.prefix else None
-    for record in reversed(layers):
-        row = _through_layer(row, record, head_fusion, discard_ratio, protected)
-    return row
+        if pooling and is_class_attention(pooling[-1], layout):
+            return _class_attention_row(pooling, head_fusion)
+        return pooling_row(pooling[-1:], layout, head_fusion)
+    return query_row(layout, like, query_patch=query_patch).expand(len(like), -1)
+
+
+def is_class_attention(record: AttentionRecord, layout: TokenLayout) -> bool:
+    """Whether a class token that joins after the layers asks here, itself first among the keys (CaiT)."""
+    return record.query_length == 1 and record.key_length == layout.num_tokens + 1 and not layout.num_prefix
+
+
+def _class_attention_row(pooling: Sequence[AttentionRecord], head_fusion: HeadFusion) -> Tensor:
+    """Returns what class-attention layers leave of the class token's row for the patches, (B, N), summing to 1.
+
+    In each of them the class token alone is renewed, from itself and all patches: its row of norm(A + I).
+    """
+    token, patches = torch.ones(1), torch.zeros(1, 1)
+    for record in reversed(pooling):
+        fused = fuse_heads(record.weights, head_fusion)[:, 0]
+        share = token.to(fused) / (fused.sum(-1) + 1)
+        patches = patches.to(fused) + share[:, None] * fused[:, 1:]
+        token = share * (fused[:, 0] + 1)
+    # What is left in the class token came from nowhere in the image.
+    return patches / patches.sum(-1, keepdim=True)
+
+
+def _class_token(layout: TokenLayout) -> int | None:
+    """Returns the position of the class token, whose column is never discarded."""
+    return layout.index("class") if "class" in layout.prefix else None
+
+
+def _alternatives() -> str:
+    return " or ".join(working_methods("attention", "nothing"))
 
 
 def pooling_row(
@@ -164,8 +255,12 @@ def _through_layer(
     row: Tensor, record: AttentionRecord, head_fusion: HeadFusion, discard_ratio: float, protected: int | None
 ) -> Tensor:
     """Returns row · norm(A + I), (B, N), for one layer's fused attention A."""
+    source = record.source
+    plain = head_fusion == "mean" and not discard_ratio
+    if plain and isinstance(source, AttentionInputs) and source.mask is None and not source.causal:
+        return (row + _spread(row, source)) / 2
     batch_size, num_tokens = row.shape
-    block_size = _BLOCK_SIZE.get(row.device.type, _BLOCK_SIZE["cpu"]) // record.num_heads
+    block_size = _block_size(row) // record.num_heads
     at_once = max(1, block_size // num_tokens**2)
     parts = []
     for first in range(0, batch_size, at_once):
@@ -176,6 +271,28 @@ def _through_layer(
         else:
             parts.append(_step(row[images], blocks.between(*_support(row[images]))))
     return torch.cat(parts)
+
+
+def _spread(row: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Returns row · (mean over heads of A), (B, N), head by head, so that the heads are never laid on each other."""
+    batch_size, num_heads, num_tokens, width = inputs.queries.shape
+    scale = width**-0.5 if inputs.scale is None else inputs.scale
+    first, last = _support(row)
+    queries = inputs.queries.to(row.dtype)[:, :, first:last].flatten(0, 1) * scale
+    keys = inputs.keys.to(row.dtype)
+    keys = keys.repeat_interleave(num_heads // keys.shape[1], 1).flatten(0, 1).transpose(1, 2)
+    asked = row[:, first:last].repeat_interleave(num_heads, 0)
+    result = row.new_zeros(batch_size * num_heads, num_tokens)
+    rows = max(1, min(last - first, _block_size(row) // num_tokens))
+    heads = max(1, _block_size(row) // (num_tokens * rows))
+    for head in range(0, len(result), heads):
+        part = slice(head, head + heads)
+        for start in range(0, last - first, rows):
+            block = slice(start, start + rows)
+            weights = torch.bmm(queries[part, block], keys[part])
+            torch.softmax(weights, -1, out=weights)
+            result[part] += torch.bmm(asked[part, None, block], weights)[:, 0]
+    return result.view(batch_size, num_heads, num_tokens).mean(1)
 
 
 def _step(row: Tensor, blocks: Iterable[Block]) -> Tensor:
@@ -201,12 +318,17 @@ def _discarded_step(row: Tensor, blocks: "_Blocks", count: int, protected: int |
 
     def discarded() -> Iterator[Block]:
         for queries, fused in whole or blocks.between(0, num_tokens):
-            low = fused < border[:, None, None]
-            if protected is not None:
-                low[..., protected] = False
-            yield queries, fused.masked_fill(low, 0.0)
+            yield queries, _discard(fused, border, protected)
 
     return _step(row, discarded())
+
+
+def _discard(fused: Tensor, border: Tensor, protected: int | None) -> Tensor:
+    """Returns rows of each image's fused matrix (B, Q, N), in place without what is below its border (B,)."""
+    low = fused < border[:, None, None]
+    if protected is not None:
+        low[..., protected] = False
+    return fused.masked_fill_(low, 0.0)
 
 
 def kth_smallest(parts: Callable[[], Iterable[Tensor]], k: int) -> Tensor:
@@ -262,6 +384,11 @@ class _Blocks:
         for first in range(start, stop, self.rows_at_once):
             last = min(first + self.rows_at_once, stop)
             yield slice(first, last), self.fuse(self.record.rows(first, last, images=self.images))
+
+
+def _block_size(like: Tensor) -> int:
+    """Returns how many weights to form at a time on the device of `like`."""
+    return _BLOCK_SIZE.get(like.device.type, _BLOCK_SIZE["cpu"])
 
 
 def _support(row: Tensor) -> tuple[int, int]:

@@ -1,34 +1,31 @@
 """The token layout of a model, found where it can be known, and the row of tokens that answers for the image.
 
-Our encoder states its layout; timm's encoders carry what it follows from. Nothing is guessed from the number of tokens.
+Our encoder states its layout; those of timm, torchvision and transformers carry what it follows from. Nothing is
+guessed from the number of tokens.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vision_attn.attribution.encoders import Family, body_of, find_known, transformers_prefix
 from vision_attn.errors import UsageError
 from vision_attn.layout import TokenLayout
 
 _REMEDY = 'pass layout=TokenLayout(prefix=("class",), grid=(h, w), query="class") with what the model does'
 
-# Encoders of timm whose tokens are prefix and patches from the first block to the last, by module and class.
-_TIMM_ENCODERS = (
-    ("timm.models.vision_transformer", "VisionTransformer"),
-    ("timm.models.eva", "Eva"),
-    ("timm.models.beit", "Beit"),
-)
 _QUERY_OF_POOLING = {"token": "class", "": "class", "avg": "mean", "map": "map"}
+# Classifiers of transformers that take images of every size that the patch divides, without being asked to.
+_ANY_SIZE = ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification", "BeitForImageClassification")
 
 
 def find_layout(model: nn.Module, images: Tensor) -> TokenLayout:
     """Returns the layout of `model`'s tokens for images of this size.
 
-    Known are our own encoder (anything with a `token_layout` method), timm's VisionTransformer and its descendants
-    (DeiT with and without distillation token, DINOv2 and v3, registers, SigLIP), Eva and BEiT; bare or inside another
-    module (Lightning, DistributedDataParallel, a Sequential) that holds exactly one of them.
+    Known are the models that `find_encoder` knows, and anything with a `token_layout` method. In CaiT and XCiT, whose
+    class token joins after the blocks, the blocks' tokens are the patches alone, and the class token's attention is the
+    query "map".
 
     Args:
         model: The model that `images` are for.
@@ -38,27 +35,36 @@ def find_layout(model: nn.Module, images: Tensor) -> TokenLayout:
         UsageError: the model is not known, pools in a way that no single row stands for, or is built for another
             image size.
     """
-    encoder = _find_encoder(model)
-    if encoder is None:
+    known = find_known(model)
+    if known is None:
         raise UsageError(f"expected a model whose token layout is known, got {type(model).__name__}: {_REMEDY}")
+    encoder, family, _ = known
     height, width = images.shape[-2:]
-    if hasattr(encoder, "token_layout"):
+    if family.library == "ours":
         return encoder.token_layout((height, width))
+    if family.library == "torchvision":
+        size = (encoder.image_size, encoder.image_size)
+        if size != (height, width):
+            raise _wrong_size(size, height, width, f"create the model with image_size={height}, if they are square")
+        return TokenLayout(prefix=("class",), grid=_divided(height, width, (encoder.patch_size,) * 2), query="class")
+    if family.library == "transformers":
+        return _transformers_layout(encoder, family, height, width, wrapped=encoder is not model)
     prefix = _prefix(encoder)
     return TokenLayout(prefix=prefix, grid=_grid(encoder, height, width), query=_query(encoder, prefix))
 
 
 def is_known(model: nn.Module) -> bool:
     """Whether `find_layout` knows the model."""
-    return _find_encoder(model) is not None
+    return find_known(model) is not None
 
 
 def query_row(layout: TokenLayout, like: Tensor, *, query_patch: tuple[int, int] | None = None) -> Tensor:
     """Returns the weight of every token in the image's answer, (N,), in the type and on the device of `like`.
 
     One at the class token; a half at class and distillation token; evenly spread over the patches for mean pooling;
-    one at `query_patch` (row, column) where it is given. Sums to 1. For a MAP head, whose answer is its own attention,
-    this is the mean of the patches: methods that see the head put its attention in its place.
+    half of each for class token and mean side by side; one at `query_patch` (row, column) where it is given. Sums to 1.
+    For a MAP head, whose answer is its own attention, this is the mean of the patches: methods that see the head put
+    its attention in its place.
 
     Raises:
         UsageError: the patch is not on the grid.
@@ -72,6 +78,9 @@ def query_row(layout: TokenLayout, like: Tensor, *, query_patch: tuple[int, int]
         row[[layout.index("class"), layout.index("distillation")]] = 0.5
     else:
         row[layout.num_prefix :] = 1.0 / layout.num_patches
+        if layout.query == "class_mean":
+            row *= 0.5
+            row[layout.index("class")] = 0.5
     return row
 
 
@@ -91,26 +100,58 @@ def patch_index(layout: TokenLayout, patch: tuple[int, int]) -> int:
     return layout.num_prefix + row * columns + column
 
 
-def _find_encoder(model: nn.Module) -> Any:
-    """Returns the one known encoder in `model`, itself or inside, or None."""
-    # What was never imported cannot have built the model, and importing it would cost seconds.
-    loaded = [getattr(sys.modules[module], name) for module, name in _TIMM_ENCODERS if module in sys.modules]
-    known = tuple(loaded)
+def _transformers_layout(encoder: Any, family: Family, height: int, width: int, *, wrapped: bool) -> TokenLayout:
+    """Returns the layout of an image classifier of transformers."""
+    body = body_of(encoder, family)
+    size, patch = _pair(body.config.image_size), _pair(body.config.patch_size)
+    # A wrapper can ask for it, and where it does not, the model says so itself.
+    if size != (height, width) and not wrapped and family.name not in _ANY_SIZE:
+        raise _wrong_size(size, height, width, "wrap the model in a module that passes interpolate_pos_encoding=True")
+    prefix = transformers_prefix(encoder, family)
+    query = family.pool
+    if query == "pooler":
+        query = "class" if body.pooler.layernorm is None else "mean"
+    return TokenLayout(prefix=prefix, grid=_divided(height, width, patch), query=query)
 
-    def is_encoder(module: nn.Module) -> bool:
-        return isinstance(module, known) or callable(getattr(module, "token_layout", None))
 
-    if is_encoder(model):
-        return model
-    found = [module for module in model.modules() if is_encoder(module)]
-    return found[0] if len(found) == 1 else None
+def _pair(size: Any) -> tuple[int, int]:
+    """Returns an image or patch size as (height, width)."""
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    return int(height), int(width)
+
+
+def _wrong_size(size: tuple[int, int], height: int, width: int, remedy: str) -> UsageError:
+    """Returns the error for images of another size than the model is built for."""
+    return UsageError(f"expected images of {size[0]} x {size[1]}, got {height} x {width}: resize them, or {remedy}")
+
+
+def _divided(height: int, width: int, step: tuple[int, int]) -> tuple[int, int]:
+    """Returns the patches (h, w) of an image that they divide.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if height % step[0] or width % step[1]:
+        raise UsageError(
+            f"expected a height and width that patches of {step[0]} x {step[1]} divide, got {height} x {width}: "
+            f"resize the images to {height // step[0] * step[0]} x {width // step[1] * step[1]}"
+        )
+    return height // step[0], width // step[1]
+
+
+def _joins_late(encoder: Any) -> bool:
+    """Whether the class token of a timm encoder joins after its blocks, in class attention."""
+    return any(getattr(encoder, name, None) is not None for name in ("blocks_token_only", "cls_attn_blocks"))
 
 
 def _prefix(encoder: Any) -> tuple[str, ...]:
     """Returns the names of a timm encoder's prefix tokens."""
-    prefix = ["class"] if getattr(encoder, "cls_token", None) is not None else []
-    prefix += ["distillation"] if getattr(encoder, "dist_token", None) is not None else []
-    registers = getattr(encoder, "reg_token", None)
+    if _joins_late(encoder):
+        return ()
+    owner = getattr(encoder, "embeds", encoder)  # NaFlexViT's
+    prefix = ["class"] if getattr(owner, "cls_token", None) is not None else []
+    prefix += ["distillation"] if getattr(owner, "dist_token", None) is not None else []
+    registers = getattr(owner, "reg_token", None)
     prefix += ["register"] * (0 if registers is None else registers.shape[1])
     if len(prefix) != encoder.num_prefix_tokens:
         raise UsageError(
@@ -121,19 +162,16 @@ def _prefix(encoder: Any) -> tuple[str, ...]:
 
 def _grid(encoder: Any, height: int, width: int) -> tuple[int, int]:
     """Returns a timm encoder's patches (h, w) for images of this size."""
-    embed = encoder.patch_embed
+    embed = getattr(encoder, "patch_embed", None) or encoder.embeds
+    if not hasattr(embed, "feat_ratio"):  # XCiT's stem, which takes every size
+        return _divided(height, width, _pair(embed.patch_size))
+    size = getattr(embed, "img_size", None)
     fixed = getattr(embed, "strict_img_size", True) and not getattr(encoder, "dynamic_img_size", False)
-    if fixed and embed.img_size is not None and tuple(embed.img_size) != (height, width):
-        raise UsageError(
-            f"expected images of {embed.img_size[0]} x {embed.img_size[1]}, got {height} x {width}: resize them, or "
-            f"create the model with img_size=({height}, {width}) or dynamic_img_size=True"
-        )
-    step = embed.feat_ratio(as_scalar=False)
-    if not getattr(embed, "dynamic_img_pad", False) and (height % step[0] or width % step[1]):
-        raise UsageError(
-            f"expected a height and width that patches of {step[0]} x {step[1]} divide, got {height} x {width}: "
-            f"resize the images to {height // step[0] * step[0]} x {width // step[1] * step[1]}"
-        )
+    if fixed and size is not None and tuple(size) != (height, width):
+        remedy = f"create the model with img_size=({height}, {width}) or dynamic_img_size=True"
+        raise _wrong_size(size, height, width, remedy)
+    if not getattr(embed, "dynamic_img_pad", False):
+        _divided(height, width, _pair(embed.feat_ratio(as_scalar=False)))
     rows, columns = embed.dynamic_feat_size((height, width))
     return int(rows), int(columns)
 
@@ -145,6 +183,8 @@ def _query(encoder: Any, prefix: tuple[str, ...]) -> str:
     if getattr(encoder, "attn_pool", None) is not None and encoder.global_pool != "prr":
         return "map"
     query = _QUERY_OF_POOLING.get(encoder.global_pool)
+    if query == "class" and _joins_late(encoder):
+        return "map"
     if query == "class" and "class" not in prefix:
         query = "mean" if encoder.global_pool == "" else None
     if query == "mean" and prefix and getattr(encoder, "pool_include_prefix", False):
