@@ -31,7 +31,7 @@ def main() -> int:
         items = [
             SheetItem(
                 image=done.image,
-                map=done.map,
+                map=done.map(options.method),
                 geometry=done.geometry,
                 truth=done.path.parent.name,
                 prediction=done.prediction,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vision_attn.errors import UsageError
-from vision_attn.files import free_path, is_taken, new_folder, write_whole
+from vision_attn.files import free_path, is_taken, new_folder, remove_parts, write_whole
 
 
 def test_a_file_is_replaced_in_one_step_and_leaves_nothing_beside_it(tmp_path):
@@ -60,6 +60,15 @@ def test_free_names_count_up_before_the_suffix(tmp_path):
     assert free_path(tmp_path / "run") == tmp_path / "run-3"
     (tmp_path / "a.json").touch()
     assert free_path(tmp_path / "a.json") == tmp_path / "a-2.json"
+
+
+def test_parts_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    kept = ["a.png", ".hidden", ".mine.part", "b.12.part", "sub/c.png"]
+    for name in (*kept, ".a.png.12.part", "sub/.c.png.4711.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 def test_an_empty_folder_is_free(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from vision_attn.errors import UsageError
-from vision_attn.geometry import Geometry
+from vision_attn.geometry import Geometry, _read_turned
 
 
 def hot_cell(row: int, column: int, size: tuple[int, int] = (4, 4)) -> torch.Tensor:
@@ -102,6 +102,54 @@ def test_the_brightest_pixel_of_a_smooth_map_is_at_the_middle_of_its_patch():
     for mode in ("bilinear", "bicubic"):
         heat, _ = geometry.to_original(hot_cell(5, 2, (7, 7)), mode=mode)
         assert divmod(int(heat.argmax()), 200) == (5 * 15 + 7, 40 + 2 * 15 + 7)
+
+
+def random_straight_geometry(generator: np.random.Generator) -> Geometry:
+    geometry = Geometry.identity(tuple(generator.integers(1, 90, 2)))
+    for _ in range(generator.integers(0, 5)):
+        height, width = geometry.input_size
+        step = generator.integers(0, 3)
+        if step == 0:
+            geometry = geometry.resize(tuple(generator.integers(1, 80, 2)))
+        elif step == 1:
+            top, left = generator.uniform(-10, height / 2), generator.uniform(-10, width / 2)
+            geometry = geometry.crop(top, left, tuple(generator.integers(1, 60, 2)))
+        else:
+            geometry = geometry.flip()
+    return geometry
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("way", ["to_original", "to_input"])
+def test_rows_then_columns_is_pixel_by_pixel(mode, way, monkeypatch):
+    generator = np.random.default_rng(0)
+    cases = []
+    for _ in range(60):
+        geometry = random_straight_geometry(generator)
+        maps = torch.from_numpy(generator.normal(size=(2, *generator.integers(1, 20, 2))))
+        cases.append((geometry, maps, getattr(geometry, way)(maps, mode=mode)))
+        # In single precision as good as in double, which places computed as float32 are not.
+        single = getattr(geometry, way)(maps.float(), mode=mode)[0]
+        torch.testing.assert_close(single.double(), cases[-1][2][0], atol=2e-6, rtol=0)
+    assert sum(bool(seen.any() and not seen.all()) for *_, (_, seen) in cases) > 10
+    monkeypatch.setattr("vision_attn.geometry._read_straight", _read_turned)
+    for geometry, maps, (out, seen) in cases:
+        expected, expected_seen = getattr(geometry, way)(maps, mode=mode)
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+        assert torch.equal(seen, expected_seen)
+
+
+def test_a_crop_beside_the_photo_shows_nothing_of_it():
+    for mode in ("nearest", "bilinear", "bicubic"):
+        heat, seen = Geometry.identity((8, 8)).crop(20, 0, (4, 4)).to_original(torch.ones(2, 2), mode=mode)
+        assert not seen.any() and not heat.any()
+
+
+def test_a_straight_map_is_not_read_pixel_by_pixel(monkeypatch):
+    monkeypatch.setattr("vision_attn.geometry._read_turned", None)
+    Geometry.identity((9, 8)).resize((4, 4)).crop(1, 0, (2, 4)).flip().to_original(torch.ones(2, 2))
+    with pytest.raises(TypeError):
+        Geometry.from_corners((4, 4), (4, 4), [(4, 0), (4, 4), (0, 0)]).to_original(torch.ones(2, 2))
 
 
 def test_a_quarter_turn_by_corners_is_undone():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vision_attn.errors import UsageError
 from vision_attn.geometry import Geometry
-from vision_attn.viz.files import save_png
+from vision_attn.viz.files import save_picture, save_png
 from vision_attn.viz.overlay import LEVELS, STYLES, draw_map, outline, overlay
 from vision_attn.viz.scale import find_scale
 
@@ -187,6 +187,32 @@ def test_a_saved_picture_is_read_back_the_same(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
+def test_the_suffix_says_whether_a_picture_is_kept_to_the_pixel(tmp_path):
+    smooth = np.linspace(0, 255, 60 * 100 * 3).reshape(60, 100, 3).astype(np.uint8)
+    for suffix, kind, error in ((".png", "PNG", 0), (".jpg", "JPEG", 3)):
+        with Image.open(save_picture(tmp_path / f"a{suffix}", smooth)) as file:
+            assert file.format == kind
+            assert np.abs(np.asarray(file).astype(int) - smooth).mean() <= error
+
+
+def test_a_turned_photo_is_drawn_too():
+    # By 45 degrees: what was seen is no rectangle of the photo.
+    turned = Geometry.from_corners((60, 100), (80, 80), [(-10, 40), (60.7, -30.7), (32.4, 82.4)])
+    for style in STYLES:
+        drawn = draw_map(photo(), hot_cell(2, 2), geometry=turned, style=style)
+        assert 0.2 < drawn.seen.mean() < 0.95
+        assert is_grey(drawn.picture[~drawn.seen])
+
+
+def test_contours_of_a_crop_lie_where_those_of_the_whole_do():
+    # The same map on the same pixels, once as a crop and once as a photo of its own.
+    values = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    image = photo()
+    cropped = draw_map(image, values, geometry=centre_crop(), style="contour").picture[:, 20:80]
+    alone = draw_map(np.ascontiguousarray(image[:, 20:80]), values, style="contour").picture
+    np.testing.assert_array_equal(cropped[:, 2:-2], alone[:, 2:-2])  # where a line leaves the frame its end differs
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -211,6 +237,7 @@ def test_a_saved_picture_is_read_back_the_same(tmp_path):
         (lambda: find_scale([]), "at least one map"),
         (lambda: outline(photo(), np.zeros((2, 2, 2))), r"got \(2, 2, 2\)"),
         (lambda: save_png("a.jpg", photo()), "ends in .png"),
+        (lambda: save_picture("a.gif", photo()), "ends in .png or .jpg, got 'a.gif'"),
     ],
 )
 def test_wrong_input_is_told_in_one_line(call, message):

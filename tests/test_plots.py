@@ -12,7 +12,7 @@ from PIL import Image
 
 from vision_attn.errors import UsageError
 from vision_attn.geometry import Geometry
-from vision_attn.viz.overlay import outline, overlay
+from vision_attn.viz.overlay import draw_map, outline, overlay
 from vision_attn.viz.plots import (
     Panel,
     SheetItem,
@@ -22,6 +22,7 @@ from vision_attn.viz.plots import (
     learning_curves,
     picture_grid,
 )
+from vision_attn.viz.sheets import SheetRow, heads_sheet, methods_sheet, patch_sheet
 
 CSV = """epoch,lr-AdamW,step,train/loss,val/loss,val/top1
 ,0.001,0,,,
@@ -116,6 +117,51 @@ def test_a_grid_takes_rows_of_different_lengths_and_empty_cells(tmp_path):
     assert {"raw", "rollout", "a", "b"} <= set(text_of(path).split("\n"))
 
 
+def test_a_sheet_of_methods_shows_each_map_with_its_name_and_range(tmp_path):
+    image = item().image
+    maps = [torch.rand(4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    row = SheetRow(image, maps, caption=("cat 90%", "a.jpg"))
+    sheet = pixels(methods_sheet(tmp_path / "sheet.png", [row], ["raw", "rollout"]))
+    places = [find(sheet, picture.repeat(3, 0).repeat(3, 1)) for picture in (image, *(overlay(image, m) for m in maps))]
+    assert places[0] and places[1] and places[2] and places[0][1] < places[1][1] < places[2][1]
+    words = text_of(methods_sheet(tmp_path / "sheet.svg", [row, row], ["raw", "rollout"])).split("\n")
+    ranges = [" to ".join(draw_map(image, one).ends) for one in maps]
+    for text in ("cat 90%", "a.jpg", "raw", "rollout", *ranges):
+        assert words.count(text) == 2, text
+
+
+def test_a_sheet_with_signed_and_unsigned_maps_has_both_legends(tmp_path):
+    image, one = item().image, torch.rand(4, 4)
+    rows = [SheetRow(image, [one, one]), SheetRow(image, [one, one - 0.5])]
+    plain, both = (pixels(methods_sheet(tmp_path / f"{n}.png", rows[n : n + 1], ["a", "b"])) for n in (0, 1))
+    assert both.shape[0] > plain.shape[0] + 40
+
+
+def test_a_sheet_of_heads_has_a_row_for_each_layer_and_a_column_for_each_head(tmp_path):
+    image = np.full((64, 96, 3), 128, dtype=np.uint8)
+    geometry = Geometry.identity((64, 96)).crop(0, 16, (64, 64))
+    layers = [("first", torch.eye(4).expand(3, 4, 4)), ("second", torch.eye(2).expand(2, 2, 2))]
+    words = text_of(heads_sheet(tmp_path / "heads.svg", image, layers, geometry=geometry, title="a.jpg")).split("\n")
+    assert {"photo", "first", "second", "head 0", "head 1", "head 2", "a.jpg"} <= set(words)
+    assert "head 3" not in words
+    sheet = pixels(heads_sheet(tmp_path / "heads.png", image, layers, geometry=geometry))
+    hot = np.round(np.array(matplotlib.colormaps["inferno"](1.0)[:3]) * 255)
+    bright = (np.abs(sheet - hot).max(axis=2) <= 1).sum()
+    # Three maps with a quarter of 64 x 64 pixels bright and two with half, and the end of the legend.
+    assert bright == pytest.approx(3 * 64 * 16 + 2 * 64 * 32, rel=0.02)
+
+
+def test_a_sheet_of_a_patch_marks_it_at_its_place(tmp_path):
+    image = np.full((64, 64, 3), 128, dtype=np.uint8)
+    layers = [(f"layer {number}", torch.rand(8, 8)) for number in range(3)]
+    sheet = pixels(patch_sheet(tmp_path / "patch.png", image, layers, (1, 5), cell=64))
+    expected = np.zeros((64, 64), dtype=bool)
+    expected[8:16, 40:48] = True
+    assert find(sheet, outline(image, expected)) is not None
+    words = text_of(patch_sheet(tmp_path / "patch.svg", image, layers, (1, 5))).split("\n")
+    assert {"patch 1, 5", "layer 0", "layer 1", "layer 2"} <= set(words)
+
+
 def test_curves_are_placed_by_epoch(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(CSV)
@@ -183,6 +229,11 @@ def test_figures_touch_neither_pyplot_nor_a_display(tmp_path):
         (lambda path: contact_sheet(path / "a.png", []), "at least one item"),
         (lambda path: contact_sheet(path / "a.txt", [item()]), "ends in .png, .svg, .pdf, got 'a.txt'"),
         (lambda path: picture_grid(path / "a.png", [[]]), "at least one panel"),
+        (lambda path: methods_sheet(path / "a.png", [], ["raw"]), "at least one photo"),
+        (lambda path: methods_sheet(path / "a.png", [SheetRow(item().image, [])], ["raw"]), "expected 1 maps"),
+        (lambda path: heads_sheet(path / "a.png", item().image, []), "at least one layer"),
+        (lambda path: heads_sheet(path / "a.png", item().image, [("a", torch.rand(4, 4))]), "keep the heads"),
+        (lambda path: patch_sheet(path / "a.png", item().image, [("a", torch.rand(4, 4))], (4, 0)), "rows count from"),
         (lambda path: learning_curves(path / "a.png", path / "none.csv"), "No such file"),
         (lambda path: learning_curves(path / "a.png", [{"epoch": 0, "what": 3}]), "got epoch, what"),
         (lambda path: confusion_matrix(path / "a.png", np.eye(3), ["a", "b"]), r"expected \(2, 2\) counts"),

@@ -115,7 +115,7 @@ def test_the_fine_tuning_configs_train_and_their_artefact_explains_photos(config
     assert len(rows) == 20
     sizes = set()
     for row in rows:
-        height, width = read_image(row["photo"]).shape[:2]
+        height, width = read_image(row["file"]).shape[:2]
         sizes.add(width > height)
         with Image.open(out / row["overlay"]) as drawn:
             assert drawn.width >= width

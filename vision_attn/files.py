@@ -68,6 +68,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def remove_parts(folder: str | os.PathLike[str]) -> None:
+    """Removes what `write_whole` left below a folder when its process was killed."""
+    for part in Path(folder).rglob(".*.part"):
+        if part.is_file() and part.suffixes[-2:-1] and part.suffixes[-2][1:].isdecimal():
+            part.unlink(missing_ok=True)
+
+
 def is_taken(path: str | os.PathLike[str]) -> bool:
     """Returns whether there is a file, or a folder with anything in it, at `path`."""
     path = Path(path)

@@ -192,16 +192,100 @@ def _resample(maps: Tensor, size: Size, frame: Size, matrix: Matrix, mode: Mode)
         raise UsageError(f"expected floating-point maps for mode={mode!r}, got {maps.dtype}: labels need 'nearest'")
 
     flat = maps.reshape(-1, *maps.shape[-2:])
-    out = maps.new_zeros((flat.shape[0], *size))
-    seen = torch.empty(size, dtype=torch.bool, device=maps.device)
+    (_, b, _), (d, _, _) = matrix
+    if b == d == 0:
+        out, seen = _read_straight(flat, size, frame, matrix, mode)
+    else:
+        out, seen = _read_turned(flat, size, frame, matrix, mode)
+    return out.reshape(*maps.shape[:-2], *size), seen
+
+
+def _read_straight(flat: Tensor, size: Size, frame: Size, matrix: Matrix, mode: Mode) -> tuple[Tensor, Tensor]:
+    """Reads maps where rows stay rows: first along the width, for the few rows that there are, then along the height.
+
+    No pixel's place has to be computed, only those of a row and of a column: ten times as fast as `_read_turned`.
+    """
+    (a, _, c), (_, e, f) = matrix
+    # Parts of the frame, 0 to 1; in float64, so that a pixel on the border of a crop falls on the right side.
+    u = (a * (torch.arange(size[1], dtype=torch.float64) + 0.5) + c) / frame[1]
+    v = (e * (torch.arange(size[0], dtype=torch.float64) + 0.5) + f) / frame[0]
+    across, down = (((part >= 0) & (part <= 1)).to(flat.device) for part in (u, v))
+    out = flat.new_zeros((flat.shape[0], *size))
+    # Rows and columns stay in order or are mirrored: what is seen is one rectangle.
+    (top, bottom), (left, right) = _run(down), _run(across)
+    if top < bottom and left < right:
+        taps = {"nearest": _nearest_taps, "bilinear": _linear_taps, "bicubic": _cubic_taps}[mode]
+        narrow = _read_taps(flat, -1, *taps(u[left:right], flat.shape[-1]))
+        rows, weights = taps(v[top:bottom], flat.shape[-2])
+        step = max(1, _PIXELS_AT_A_TIME // (right - left))
+        for start in range(0, bottom - top, step):
+            part = slice(start, min(start + step, bottom - top))
+            block = _read_taps(narrow, -2, rows[:, part], None if weights is None else weights[:, part])
+            out[:, top + part.start : top + part.stop, left:right] = block
+    return out, down[:, None] & across
+
+
+def _run(inside: Tensor) -> tuple[int, int]:
+    """Returns the first of the true values, which follow each other, and the one after the last."""
+    places = inside.nonzero()[:, 0]
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+
+
+def _read_taps(flat: Tensor, dim: int, places: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the weighted sums of the cells at `places` (taps, n) along a dimension; of one alone without weights."""
+    places = places.to(flat.device)
+    if weights is None:
+        return flat.index_select(dim, places[0])
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    weights = weights.to(flat.device, dtype)
+    weights = weights if dim == -1 else weights[..., None]
+    flat = flat.to(dtype)
+    if len(places) == 2:
+        return torch.lerp(flat.index_select(dim, places[0]), flat.index_select(dim, places[1]), weights[1])
+    return torch.stack(
+        [flat.index_select(dim, place).mul_(weight) for place, weight in zip(places, weights, strict=True)]
+    ).sum(0)
+
+
+def _nearest_taps(part: Tensor, length: int) -> tuple[Tensor, None]:
+    return (part * length).floor().clamp(0, length - 1).long()[None], None
+
+
+def _linear_taps(part: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    at = (part * length - 0.5).clamp(0, length - 1)
+    first = at.floor()
+    places = torch.stack((first, (first + 1).clamp(max=length - 1))).long()
+    return places, torch.stack((1 - (at - first), at - first))
+
+
+def _cubic_taps(part: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The kernel of Keys 1981 with a = -0.75, as in torch; beyond the border its value holds."""
+    at = part * length - 0.5
+    first = at.floor()
+    t = at - first
+    places = torch.stack([(first + tap).clamp(0, length - 1) for tap in (-1, 0, 1, 2)]).long()
+    return places, torch.stack((_cubic_far(t + 1), _cubic_near(t), _cubic_near(1 - t), _cubic_far(2 - t)))
+
+
+def _cubic_near(x: Tensor, a: float = -0.75) -> Tensor:
+    return ((a + 2) * x - (a + 3)) * x * x + 1
+
+
+def _cubic_far(x: Tensor, a: float = -0.75) -> Tensor:
+    return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+
+def _read_turned(flat: Tensor, size: Size, frame: Size, matrix: Matrix, mode: Mode) -> tuple[Tensor, Tensor]:
+    """Reads maps pixel by pixel, wherever each of them lies: turned, sheared, or straight."""
+    out = flat.new_zeros((flat.shape[0], *size))
+    seen = torch.empty(size, dtype=torch.bool, device=flat.device)
     read = _read_nearest if mode == "nearest" else _read_between
     for rows, x, y in _centres(size, matrix):
-        # Parts of the frame, 0 to 1; in float64, so that a pixel on the border of a crop falls on the right side.
         u, v = x / frame[1], y / frame[0]
-        inside = ((u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)).to(maps.device)
+        inside = ((u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)).to(flat.device)
         seen[rows] = inside
         out[:, rows] = read(flat, u, v, mode).where(inside, 0)
-    return out.reshape(*maps.shape[:-2], *size), seen
+    return out, seen
 
 
 def _centres(size: Size, matrix: Matrix) -> Iterator[tuple[slice, Tensor, Tensor]]:

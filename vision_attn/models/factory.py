@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+import yaml
+from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor, nn
 
-from vision_attn.data.transforms import Preprocessing, image_hw
+from vision_attn.data.transforms import INTERPOLATIONS, Preprocessing, eval_transforms, image_hw
 from vision_attn.errors import UsageError
 from vision_attn.layout import TokenLayout
 from vision_attn.models import presets
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+_NAME_SOURCES = ("hf-hub", "hf_hub", "local-dir")
 
 presets.register()
 
@@ -105,7 +110,7 @@ def resolve_name(name: str) -> tuple[str, dict[str, Any]]:
         UsageError: the name is unknown (close ones are offered), or the folder or hub that it names cannot be read.
     """
     source, _, place = name.partition(":")
-    if source not in ("hf-hub", "hf_hub", "local-dir"):
+    if source not in _NAME_SOURCES:
         if not timm.is_model(name.split(".")[0]):
             raise unknown("model", name, timm.list_models())
         return name, {}
@@ -209,6 +214,187 @@ def load_model(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
+def open_model(
+    model: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool | None = None,
+    classes: Sequence[str] | None = None,
+    image_size: int | Sequence[int] | None = None,
+) -> nn.Module:
+    """Returns a network with all that photos need, from whatever a person has: an artefact, a run's checkpoint, a name.
+
+    Args:
+        model: A folder that `load_model` takes; the `.ckpt` of a run, with its `config.yaml` above it; or a name that
+            `timm.create_model` takes.
+        checkpoint: The weights for a name, from a file; its head tells how many classes there are.
+        pretrained: For a name, timm's weights from the hub; by default where no checkpoint is given. False without a
+            checkpoint leaves the weights random.
+        classes: Names, in the order of the logits. By default those of the artefact or the run; ImageNet's for 1,000
+            classes; numbers for the rest.
+        image_size: For a name, (height, width) or one number; timm's by default.
+
+    Returns:
+        As `load_model`. Without a classifier (`num_classes` 0 in timm) `classes` is None.
+
+    Raises:
+        UsageError: there is no such model, its weights cannot be had, or options do not go together.
+        CheckpointMismatchError: the weights are not those of the network.
+
+    Example:
+        >>> model = open_model("vit_tiny_patch16_224", pretrained=False)
+        >>> model.classes[281], model.preprocessing.image_size
+        ('tabby', (224, 224))
+    """
+    path, given = Path(model), {"checkpoint": checkpoint, "pretrained": pretrained, "image_size": image_size}
+    known_name = timm.is_model(str(model).split(".")[0]) or str(model).partition(":")[0] in _NAME_SOURCES
+    if known_name and not (path / CONFIG_FILE).is_file():
+        opened = _open_name(str(model), checkpoint, pretrained, image_size)
+    else:
+        superfluous = [name for name, value in given.items() if value is not None]
+        if path.exists() and superfluous:
+            raise UsageError(
+                f"expected {' and '.join(superfluous)} with the name of a network only, got {path}, which has weights "
+                "and size of its own: leave it out"
+            )
+        if path.is_dir():
+            opened = load_model(path)
+        elif path.suffix == ".ckpt" and path.is_file():
+            opened = _open_run(path)
+        elif path.is_file():
+            raise UsageError(
+                f"expected an artefact, a run's .ckpt or the name of a network, got {path}, a file of weights: give "
+                "the network's name, and the file as checkpoint"
+            )
+        elif len(path.parts) > 1 or path.suffix:
+            raise UsageError(
+                f"expected an artefact (runs/<name>/export), a run's .ckpt or the name of a network, got {model}, "
+                "where there is nothing: check the path"
+            )
+        else:
+            raise unknown("model", str(model), timm.list_models())
+    if classes is not None:
+        count = getattr(opened, "num_classes", len(classes))
+        if len(classes) != count:
+            raise UsageError(f"expected {count} class names for this network, got {len(classes)}: one for each logit")
+        opened.classes = tuple(classes)  # type: ignore[assignment]
+    return opened.eval()
+
+
+def timm_preprocessing(model: nn.Module, image_size: int | Sequence[int] | None = None) -> Preprocessing:
+    """Returns what timm does to photos in evaluation, for one of its networks: size, crop, colours.
+
+    Reducing averages areas where timm's PIL resize antialiases; the two differ by a grey level or two.
+    """
+    cfg = resolve_model_data_config(model)
+    size = image_hw(tuple(cfg["input_size"][1:]) if image_size is None else image_size)
+    modes = {"center": "crop", "border": "pad", "squash": "squash"}
+    interpolation = cfg["interpolation"] if cfg["interpolation"] in INTERPOLATIONS else "bicubic"
+    transforms = eval_transforms(
+        size,
+        resize_mode=modes.get(cfg["crop_mode"], "crop"),
+        crop_pct=cfg["crop_pct"],
+        interpolation=interpolation,
+    )
+    return Preprocessing(size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), transforms=transforms)
+
+
+def _open_name(
+    name: str, checkpoint: str | Path | None, pretrained: bool | None, image_size: int | Sequence[int] | None
+) -> nn.Module:
+    if pretrained and checkpoint is not None:
+        raise UsageError("expected pretrained weights or a checkpoint, got both: leave one out")
+    state = None if checkpoint is None else load_state_dict_file(checkpoint)
+    num_classes = None if state is None else _classes_of_head(name, state)
+    pretrained = state is None if pretrained is None else pretrained
+    try:
+        model = create_model(
+            name, num_classes=num_classes, pretrained=pretrained, checkpoint=state, image_size=image_size
+        )
+    except UsageError as error:
+        if not pretrained or "from the hub" not in str(error):
+            raise
+        raise UsageError(
+            f"expected the pretrained weights of {name}, which could not be fetched from the hub: check the network, "
+            "give them with --checkpoint FILE, or take random ones with --pretrained false"
+        ) from error
+    model.classes = default_classes(int(getattr(model, "num_classes", 0))) or None  # type: ignore[assignment]
+    model.preprocessing = timm_preprocessing(model, image_size)  # type: ignore[assignment]
+    model.layout = None  # type: ignore[assignment]
+    return model
+
+
+def _classes_of_head(name: str, state: Mapping[str, Tensor]) -> int | None:
+    """Returns how many classes the head in a checkpoint has; 0 where it has none; None where that cannot be told."""
+    cfg = timm.models.get_pretrained_cfg(name.split(":")[-1], allow_unregistered=True)
+    heads = getattr(cfg, "classifier", None) or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    found = [state[key] for head in heads for key in (f"{head}.weight", f"{head}.bias") if key in state]
+    return int(found[0].shape[0]) if found else (0 if heads else None)
+
+
+def default_classes(num_classes: int) -> tuple[str, ...]:
+    """Returns ImageNet's names for 1,000 classes, and numbers for any other count.
+
+    A name is the first that ImageNet has for a class, with the WordNet number where two classes share it.
+    """
+    if num_classes != 1000:
+        return tuple(str(index) for index in range(num_classes))
+    imagenet = ImageNetInfo("imagenet-1k")
+    names = [imagenet.index_to_description(index).split(",")[0] for index in range(num_classes)]
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({imagenet.index_to_label_name(index)})"
+        for index, name in enumerate(names)
+    )
+
+
+def _open_run(path: Path) -> nn.Module:
+    """Returns the network of a run's checkpoint, built as the run's `config.yaml` says."""
+    config_file = next((parent / "config.yaml" for parent in path.absolute().parents[:2]
+                        if (parent / "config.yaml").is_file()), None)  # fmt: skip
+    if config_file is None:
+        raise UsageError(
+            f"expected the config.yaml of the run beside {path} or in the folder above, got none: put it there, or "
+            "give runs/<name>/export"
+        )
+    try:
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        network, data = config["model"], config["data"]
+        size = image_hw(data["image_size"])
+        transforms = data.get("eval_transforms") or eval_transforms(
+            size, **{key: data[key] for key in ("resize_mode", "crop_pct", "interpolation") if key in data}
+        )
+        name, options = str(network["name"]), dict(network.get("options") or {})
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"expected the config of a run in {config_file}, got {error!r}: give the run's own") from error
+    content = load_state_dict_file(path, key="state_dict")
+    state = {key.removeprefix("network."): tensor for key, tensor in content.items() if key.startswith("network.")}
+    num_classes = _classes_of_head(name, state)
+    model = create_model(name, num_classes=num_classes, image_size=data["image_size"], **options)
+    load_into(model, state)
+    own = resolve_model_data_config(model)
+    model.classes = _classes_of_run(path, config_file.parent, int(model.num_classes))  # type: ignore
+    model.preprocessing = Preprocessing(  # type: ignore[assignment]
+        size,
+        mean=tuple(network.get("mean") or own["mean"]),
+        std=tuple(network.get("std") or own["std"]),
+        transforms=transforms,
+    )
+    model.layout = None  # type: ignore[assignment]
+    return model
+
+
+def _classes_of_run(path: Path, run_dir: Path, num_classes: int) -> tuple[str, ...]:
+    """Returns the class names that a checkpoint keeps, or those of the run's export."""
+    names = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("classes")
+    export = run_dir / "export"
+    if names is None and (export / CONFIG_FILE).is_file():
+        names = read_config(export)["label_names"]
+    if names is None or len(names) != num_classes:
+        return default_classes(num_classes)
+    return tuple(names)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Returns the config of an artefact.
 
@@ -218,8 +404,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         there = "nothing" if not folder.exists() else f"no {' and no '.join(missing)}"
+        place = folder / "export" if (folder / "export" / CONFIG_FILE).is_file() else "runs/<name>/export"
         raise UsageError(
-            f"expected an artefact ({CONFIG_FILE} and {WEIGHTS_FILE}) in {folder}, got {there}: give runs/<name>/export"
+            f"expected an artefact ({CONFIG_FILE} and {WEIGHTS_FILE}) in {folder}, got {there}: give {place}"
         )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

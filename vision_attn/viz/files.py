@@ -10,6 +10,29 @@ from numpy.typing import NDArray
 from vision_attn.errors import UsageError
 from vision_attn.files import write_whole
 
+PICTURE_SUFFIXES = (".png", ".jpg")
+_JPEG_QUALITY = 92
+
+
+def save_picture(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
+    """The path of a new PNG or JPEG file, by its suffix, that holds an (H, W, 3) RGB uint8 picture.
+
+    PNG keeps every pixel. JPEG takes a fifth of the time and of the room, and blurs what is one pixel wide.
+
+    Raises:
+        UsageError: the name ends in something else, or the picture is not (H, W, 3) uint8.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in PICTURE_SUFFIXES:
+        raise UsageError(
+            f"expected a file name that ends in {' or '.join(PICTURE_SUFFIXES)}, got {path.name!r}: rename it"
+        )
+    check_picture(rgb)
+    quality = (cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY) if suffix == ".jpg" else ()
+    _, data = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)
+    return write_whole(path, data.tobytes())
+
 
 def save_png(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
     """The path of a new PNG file that holds an (H, W, 3) RGB uint8 picture.
@@ -22,9 +45,7 @@ def save_png(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UsageError(f"expected a file name that ends in .png, got {path.name!r}: PNG is what is written")
-    check_picture(rgb)
-    _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-    return write_whole(path, data.tobytes())
+    return save_picture(path, rgb)
 
 
 def check_picture(picture: object) -> None:
