@@ -1,6 +1,7 @@
 """Measures explanations beside the plain fused forward pass, and beside peers: time and peak memory, as ratios.
 
     python scripts/bench_explain.py [rollout] [large] [classes] [huge] [folder --photos FOLDER]
+    python scripts/bench_explain.py huge gigantic --device cuda
 
 Times are medians of interleaved runs; a first round warms up and is dropped. Peak memory is the process's, above what
 it held with model and images in memory and one run behind it, each case in a process of its own. Peers that are not
@@ -39,6 +40,7 @@ from vision_attn.data.transforms import Preprocessing
 from vision_attn.look import explain_photos
 
 MODEL = "vit_small_patch14_dinov2"
+DEVICE = "cpu"  # what --device says
 Run = Callable[[], object]
 
 
@@ -92,12 +94,12 @@ def plain(model: nn.Module, images: Tensor) -> Run:
 def vit(size: int, name: str = MODEL) -> nn.Module:
     """Returns a ViT-S with random weights for images of this size."""
     torch.manual_seed(0)
-    return timm.create_model(name, img_size=size, num_classes=10).eval()
+    return timm.create_model(name, img_size=size, num_classes=10).eval().to(DEVICE)
 
 
 def rollout_runs(size: int, batch_size: int) -> dict[str, Run]:
     """Returns rollout by us and by the peers."""
-    model, images = vit(size), torch.randn(batch_size, 3, size, size)
+    model, images = vit(size), torch.randn(batch_size, 3, size, size, device=DEVICE)
     hooked = Hooked(model)
     runs: dict[str, Run] = {
         "plain forward": plain(model, images),
@@ -139,8 +141,9 @@ def class_runs(size: int, batch_size: int) -> dict[str, Run]:
     torch.manual_seed(0)
     model = VisionTransformer(
         image_size=size, patch_size=14, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=10
-    ).eval()
-    images = torch.randn(batch_size, 3, size, size)
+    )
+    model = model.eval().to(DEVICE)
+    images = torch.randn(batch_size, 3, size, size, device=DEVICE)
     runs: dict[str, Run] = {"plain forward": plain(model, images)}
     for method in ("generic", "legrad", "grad_rollout", "grad_cam"):
         runs[f"ours, {method}"] = lambda method=method: explain(model, images, method=method, target=1)  # type: ignore[misc]
@@ -186,7 +189,7 @@ def grad_cam_peer(model: nn.Module, layer: nn.Module) -> Callable[[Tensor], np.n
 
 def huge_runs(size: int) -> dict[str, Run]:
     """Returns rollout of one large photo through a ViT-S/16."""
-    model, images = vit(size, "vit_small_patch16_224"), torch.randn(1, 3, size, size)
+    model, images = vit(size, "vit_small_patch16_224"), torch.randn(1, 3, size, size, device=DEVICE)
     return {"plain forward": plain(model, images), "ours": lambda: explain(model, images)}
 
 
@@ -195,6 +198,7 @@ CASES: dict[str, Callable[[], dict[str, Run]]] = {
     "large": lambda: rollout_runs(1022, 1),
     "classes": lambda: class_runs(224, 8),
     "huge": lambda: huge_runs(2048),
+    "gigantic": lambda: huge_runs(4096),
 }
 
 
@@ -219,6 +223,8 @@ def interleaved(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
         for name in runs if turn % 2 else reversed(runs):
             start = time.perf_counter()
             runs[name]()
+            if DEVICE != "cpu":
+                torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -228,14 +234,25 @@ def peak(case: str, name: str) -> float:
     """Returns the MiB that a run of a case takes at its peak above model and images, in a process of its own."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     answer = subprocess.run(
-        [sys.executable, __file__, case, "--peak-of", name], capture_output=True, text=True, env=environment
+        [sys.executable, __file__, case, "--peak-of", name, "--device", DEVICE],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
 
 
 def own_peak(run: Run) -> float:
-    """Returns the MiB by which this process grows at the peak of `run`, from the kernel's high-water mark (Linux)."""
+    """Returns the MiB by which this process grows at the peak of `run`, from the kernel's high-water mark (Linux).
+
+    On another device: the memory of its tensors.
+    """
     run()
+    if DEVICE != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -336,6 +353,7 @@ def folder_table(photos: list[Path], repeats: int) -> Table:
 
 def main() -> None:
     """Prints one table for each case."""
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=["rollout"], choices=[*CASES, "folder"])
     parser.add_argument("--repeats", type=int, default=7)
@@ -343,9 +361,11 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="photos for the folder case")
     parser.add_argument("--count", type=int, default=48, help="how many of them")
     parser.add_argument("--no-memory", action="store_true", help="times alone")
+    parser.add_argument("--device", default=DEVICE, help="cpu (default), or cuda for huge and gigantic")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    DEVICE = options.device
     if options.peak_of:
         run = CASES[options.cases[0]]()[options.peak_of]
         print(own_peak(run))
