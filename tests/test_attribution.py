@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -275,6 +276,53 @@ def test_dropout_is_off_also_in_a_model_that_is_training():
     torch.testing.assert_close(result.probabilities, expected.probabilities)
 
 
+class Flipped(nn.Module):
+    """The mean over images and their mirror images."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return (self.model(images) + self.model(images.flip(-1))) / 2
+
+
+class Ensemble(nn.Module):
+    def __init__(self, *models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images):
+        return sum(model(images) for model in self.models)
+
+
+@pytest.mark.parametrize("method", ["raw", "rollout", "generic", "legrad", "grad_cam"])
+def test_a_mean_over_several_runs_is_not_explained_as_one(method):
+    images, layout = noise(2, 3, 32, 32), TokenLayout(("class",), (4, 4))
+    for model in (Flipped(tiny_vit()), Ensemble(tiny_vit(), tiny_vit())):
+        with pytest.raises(UsageError, match=r"expected a model that runs one encoder once, .*explain the Vision"):
+            explain(model, images, method=method, layout=layout)
+        assert explain(model, images, method="center").maps.shape[0] == 2
+
+
+def test_threads_explain_one_model_one_after_the_other():
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    expected = explain(model, images, method="generic", target=1).maps
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(explain, model, images, method="generic", target=1) for _ in range(12)]
+    assert all(torch.equal(job.result().maps, expected) for job in jobs)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("method", ["generic", "grad_rollout", "legrad", "integrated_gradients"])
+def test_logits_without_gradients_are_refused_where_they_are_needed(method):
+    model = tiny_vit()
+    model.forward = torch.no_grad()(model.forward)
+    with pytest.raises(UsageError, match=f"expected logits with gradients for {method}, got logits of Vision"):
+        explain(model, noise(2, 3, 32, 32), method=method, target=1)
+
+
 def test_a_model_with_randomness_of_its_own_leaves_the_random_state_alone():
     class Noisy(nn.Module):
         def forward(self, x):
@@ -327,11 +375,34 @@ def test_images_that_cannot_be_used_are_refused(images, message):
         ({"method": 3}, r"a method's name or a callable \(model, images, target\) -> maps, got int: choose one of"),
         ({"geometry": [Geometry.identity((4, 4))] * 3}, "expected 2 geometries, one for each image, got 3"),
         ({"method": "center", "sigma": 0}, "expected a sigma above 0"),
+        ({"layout": (4, 4)}, r"expected a TokenLayout, got \(4, 4\): pass layout=TokenLayout"),
+        ({"method": "raw", "layer": None}, r"expected a layer from 0 to 2 \(or -1 for the last\), got None"),
+        ({"method": "raw", "head": 1.0}, "expected a head from 0 to 2 in 'blocks.2.attn', got 1.0"),
+        ({"method": "raw", "head": True}, "expected a head from 0 to 2 in 'blocks.2.attn', got True"),
+        ({"query_patch": 5}, r"expected query_patch as \(row, column\) on the 4 x 4 grid, got 5"),
+        ({"query_patch": (1.5, 2)}, r"on the 4 x 4 grid, got \(1.5, 2\)"),
+        ({"query_patch": (1, 2, 3)}, r"on the 4 x 4 grid, got \(1, 2, 3\)"),
+        ({"method": "legrad", "last_layers": 1.0}, "expected last_layers from 1 to 3, got 1.0"),
+        ({"method": "grad_cam", "layer": 1}, "expected a known layer, got '1'"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         explain(tiny_vit(), noise(2, 3, 32, 32), **arguments)
+
+
+def test_numbers_of_numpy_are_options_that_a_file_can_hold(tmp_path):
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    result = explain(model, images, method="raw", layer=np.int64(1), head=np.int32(2))
+    assert torch.equal(result.maps, explain(model, images, method="raw", layer=1, head=2).maps)
+    assert Explanation.load(result.save(tmp_path / "raw.safetensors")).options == result.options
+    assert explain(model, images, discard_ratio=np.float32(0.5)).options["discard_ratio"] == 0.5
+    assert explain(model, images, query_patch=[1, 2]).options["query_patch"] == (1, 2)
+
+
+def test_model_that_is_no_module_is_refused():
+    with pytest.raises(UsageError, match=r"expected a model as torch.nn.Module, got function: wrap it"):
+        explain(lambda images: images.mean((2, 3)), noise(2, 3, 32, 32))
 
 
 def test_model_without_logits_is_refused():
@@ -520,7 +591,10 @@ def test_distributed_models_are_explained_and_train_on(method, tmp_path):
 def test_half_precision_models_are_explained():
     model, images = tiny_vit(), noise(2, 3, 32, 32)
     expected = explain(model, images, method="generic", target=1).maps
-    result = explain(copy.deepcopy(model).bfloat16(), images, method="generic", target=1)
+    half = copy.deepcopy(model).bfloat16()
+    result = explain(half, images, method="generic", target=1)
+    for method in ("grad_cam", "occlusion"):
+        assert explain(half, images, method=method, target=1).maps.dtype == torch.float32
     assert torch.corrcoef(torch.stack([result.maps.flatten().float(), expected.flatten()]))[0, 1] > 0.95
 
 
@@ -657,6 +731,13 @@ def test_raw_is_the_class_row_of_the_chosen_layer():
     check(last.mean(1)[:, 1 + 4 + 3], query_patch=(1, 3))
 
 
+def test_raw_is_not_rounded_by_autocast():
+    model = tiny_vit(class_token=False, global_pool="avg")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = explain(model, noise(2, 3, 32, 32), method="raw").maps
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2))
+
+
 def test_raw_of_a_map_model_is_the_heads_own_attention():
     model, images = tiny_vit(class_token=False, global_pool="map"), noise(2, 3, 32, 32)
     with torch.no_grad(), AttentionCapture(model) as capture:
@@ -719,3 +800,69 @@ def test_edges_are_the_slope_of_the_grey_image():
     torch.testing.assert_close(maps[:, 1:-1], torch.full((6, 6), 2.0))
     flat = explain(tiny_cnn(), torch.ones(1, 3, 6, 8), method="edges").maps
     assert flat.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (tiny_vit, "rollout"),
+        (lambda: nn.Sequential(tiny_vit()), "rollout"),
+        (tiny_cnn, "grad_cam"),
+        (lambda: timm.create_model("test_resnet", num_classes=5), "grad_cam"),
+        (lambda: timm.create_model("xcit_nano_12_p16_224", img_size=32, depth=2, num_classes=5), "grad_cam"),
+        (
+            lambda: timm.create_model(
+                "swin_tiny_patch4_window7_224",
+                img_size=32,
+                window_size=4,
+                embed_dim=12,
+                depths=(1, 1),
+                num_heads=(1, 2),
+            ),
+            "grad_cam",
+        ),
+    ],
+)
+def test_any_classifier_is_explained_without_naming_a_method(make, method):
+    result = explain(make(), noise(2, 3, 32, 32))
+    assert result.method == method
+    assert result.maps.shape[0] == 2
+
+
+class Probe(nn.Module):
+    """What a linear probe is: a classifier of its own on the tokens of an encoder."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.encoder, self.classifier, self.read = tiny_vit(), nn.Linear(24, 5), read
+
+    def forward(self, images):
+        return self.classifier(self.read(self.encoder, images))
+
+
+@pytest.mark.parametrize("method", ["rollout", "raw", "generic", "grad_rollout"])
+def test_a_probe_that_pools_by_itself_is_asked_what_it_reads(method):
+    probe = Probe(lambda encoder, images: encoder.forward_features(images)[:, 1:].mean(1)).eval()
+    images = noise(2, 3, 32, 32)
+    with pytest.raises(UsageError, match=r"expected the pooling of VisionTransformer itself.*pass layout=TokenLayout"):
+        explain(probe, images, method=method, target=0)
+    layout = TokenLayout(prefix=("class",), grid=(4, 4), query="mean")
+    assert explain(probe, images, method=method, target=0, layout=layout).maps.std() > 0
+    assert explain(probe, images, method="grad_cam", target=0).maps.shape == (2, 4, 4)
+
+
+def test_a_probe_on_what_the_encoder_pools_is_explained():
+    def pooled(encoder, images):
+        encoder.head = nn.Identity()
+        return encoder(images)
+
+    def called_without_hooks(encoder, images):
+        return encoder.forward(images)
+
+    images = noise(2, 3, 32, 32)
+    probe = Probe(pooled).eval()
+    expected = explain(tiny_vit(), images).maps
+    torch.testing.assert_close(explain(probe, images).maps, expected)
+    peft_like = Probe(called_without_hooks).eval()
+    peft_like.classifier = nn.Identity()
+    torch.testing.assert_close(explain(peft_like, images).maps, expected)

@@ -595,6 +595,38 @@ def test_heads_and_windows_are_told_apart_wherever_they_stand(lead, merge, fused
     torch.testing.assert_close(record.values, heads.flatten(0, 1))
 
 
+class OneHeadAfterTheOther(nn.Module):
+    """Its heads in turn, as in EfficientViT; windows of maps, as many for each image as there are heads."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused, self.num_heads = fused, 4
+
+    def forward(self, windows):  # (B T, C, 3, 3)
+        outputs = []
+        for x in windows.flatten(2).transpose(1, 2).chunk(self.num_heads, -1):
+            weights = (x @ x.transpose(1, 2)).softmax(-1)
+            outputs.append(F.scaled_dot_product_attention(x, x, x, scale=1.0) if self.fused else weights @ x)
+        return torch.cat(outputs, -1).transpose(1, 2).reshape(windows.shape)
+
+
+class InWindows(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x.unfold(2, 3, 3).unfold(3, 3, 3).permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_in_turn_are_told_from_as_many_windows(fused):
+    model = InWindows(OneHeadAfterTheOther(fused))
+    with torch.no_grad(), AttentionCapture(model) as capture:
+        model(noise(2, 8, 6, 6))
+    assert [(r.kind, tuple(r.weights.shape)) for r in capture.records] == [("window", (8, 1, 9, 9))] * 4
+
+
 class Channels(nn.Module):
     """Attention between channels, or between tokens, of (B, N, C)."""
 
@@ -698,6 +730,22 @@ def test_activations_are_no_gates(name):
         _ = capture.records
 
 
+def test_a_gate_is_none_the_less_when_its_features_take_the_place_in_memory_of_what_was_squashed():
+    def function(x, y):
+        squashed = y + 1
+        address, gate, tried = squashed.data_ptr(), squashed.sigmoid(), [x]
+        del squashed
+        while tried[-1].data_ptr() != address and len(tried) < 1000:
+            tried.append(x + 1)
+        assert tried[-1].data_ptr() == address
+        return tried[-1] * gate
+
+    model = Gated(function)
+    with torch.no_grad(), AttentionCapture(model, kinds=("gate",)) as capture:
+        model(noise(2, 6, 4, 4))
+    assert capture.records[0].weights.shape == (2, 6, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("name", "gates"),
     [("seresnet18", 8), ("mobilenetv3_small_050", 9), ("eca_resnet33ts", 10), ("swin_s3_tiny_224", 0)],
@@ -754,6 +802,20 @@ def test_callable_reduces_each_record_while_the_model_runs(gradients):
             record.rows(0, 1)
         with pytest.raises(AttributeError, match="no attribute 'weight'"):
             _ = record.weight
+
+
+def test_autocast_does_not_round_what_a_callable_computes():
+    model, seen = tiny_vit(), []
+
+    def keep(record):
+        weights = record.weights
+        seen.append((weights, weights @ weights))
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), AttentionCapture(model, keep=keep):
+        model(noise(2, 3, 32, 32))
+    assert len(seen) == 3
+    for weights, product in seen:
+        assert torch.equal(product, weights @ weights)
 
 
 def test_queries_and_keys_keep_their_history_when_asked():

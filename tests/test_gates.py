@@ -51,6 +51,14 @@ def test_a_channel_gate_is_shown_by_the_map_that_it_weights(make, first, last):
         torch.testing.assert_close(result.maps, gated.mean(1))
 
 
+@pytest.mark.parametrize(("name", "block"), [("skresnet18", "layer4.1.conv1"), ("resnest14d", "layer4.0.conv2")])
+def test_a_gate_among_paths_is_shown_by_their_sum(name, block):
+    model, images = small(name), noise(2, 3, 64, 96)
+    result = explain(model, images, method="gates")
+    assert result.options == {"layer": block}
+    torch.testing.assert_close(result.maps, through(model, block, images)[1].mean(1))
+
+
 def test_a_spatial_gate_is_shown_as_it_is():
     model, images = small(block="cbam"), noise(2, 3, 64, 96)
     result = explain(model, images, method="gates")

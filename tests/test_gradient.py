@@ -14,6 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification, SwinConfig, SwinForImageClassification
 
 from vision_attn.attribution import METHODS, explain, generic, grad_cam, grad_rollout, legrad
 from vision_attn.attribution.gradient import generic_row, grad_rollout_row
@@ -298,9 +299,44 @@ def test_torchvisions_vit_equals_the_full_matrices_in_numpy(method):
 def test_legrad_refuses_layers_that_are_not_there_and_models_without_known_blocks():
     with pytest.raises(UsageError, match="expected last_layers from 1 to 3, got 4: or None for all"):
         explain(tiny_vit(), noise(1, 3, 32, 32), method="legrad", last_layers=4)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
-    with pytest.raises(UsageError, match="blocks and head are known for legrad, got Sequential: use generic, or"):
-        explain(model, noise(1, 3, 8, 8), method="legrad", layout=TokenLayout((), (2, 2)))
+    unknown = timm.create_model("convit_tiny", img_size=32, patch_size=8, depth=2, num_classes=3).double()
+    with pytest.raises(UsageError, match="blocks and head are known for legrad, got ConVit: use generic, or"):
+        explain(unknown, noise(1, 3, 32, 32), method="legrad", layout=TokenLayout((), (4, 4)))
+
+
+@pytest.mark.parametrize("rows", [generic_row, grad_rollout_row])
+def test_rows_are_not_rounded_by_autocast(rows):
+    row, matrices = noise(2, 9).float().abs(), list(noise(3, 2, 9, 9).float().abs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = rows(row, matrices)
+    assert torch.equal(rounded, rows(row, matrices))
+
+
+def test_legrad_refuses_a_block_that_runs_twice():
+    model = tiny_vit()
+    model.blocks = nn.Sequential(model.blocks[0], model.blocks[0], model.blocks[1])
+    with pytest.raises(UsageError, match=r"expected blocks that run once each .*: use generic, or grad_cam"):
+        explain(model, noise(1, 3, 32, 32), method="legrad")
+
+
+class Changed(nn.Module):
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, images):
+        return self.change(self.model(images))
+
+
+def test_legrad_refuses_a_wrapper_that_changes_what_the_head_says():
+    model, images = tiny_vit(), noise(2, 3, 32, 32)
+    same = explain(Changed(model, lambda logits: logits), images, method="legrad").maps
+    assert torch.equal(same, explain(model, images, method="legrad").maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explain(tiny_vit(class_token=False, global_pool="map").float(), images.float(), method="legrad")
+    for change in (lambda logits: logits / 2, lambda logits: logits[:, :2]):
+        with pytest.raises(UsageError, match=r"expected logits as the head of VisionTransformer gives .* Changed"):
+            explain(Changed(model, change), images, method="legrad")
 
 
 @pytest.mark.parametrize("method", TOKEN_METHODS)
@@ -323,6 +359,15 @@ def test_methods_called_by_themselves_leave_the_parameters_as_they_were(method):
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["head.weight"]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["rollout", "grad_rollout", "generic", "legrad"])
+def test_windows_and_convolutions_are_refused_with_what_works_also_without_a_layout(method):
+    images = noise(1, 3, 64, 64)
+    with pytest.raises(UsageError, match=rf"for {method}, got windows of 4 tokens.*use grad_cam or .*random$"):
+        explain(tiny_swin(), images, method=method)
+    with pytest.raises(AttentionNotFoundError, match=r"needs no attention: grad_cam, "):
+        explain(tiny_resnet(), images, method=method)
 
 
 @pytest.mark.parametrize("method", ["grad_rollout", "generic"])
@@ -506,6 +551,33 @@ def test_grad_cam_finds_the_last_feature_map_of_many_networks(name, layer):
     result = explain(model, noise(1, 3, 224, 224).float(), method="grad_cam", target=1)
     assert result.options == {"layer": layer}
     assert min(result.maps.shape[1:]) > 1
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"),
+    [
+        (
+            lambda: SwinForImageClassification(
+                SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=5)
+            ),
+            "swin.layernorm",
+        ),
+        (
+            lambda: ResNetForImageClassification(
+                ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=5)
+            ),
+            "resnet.encoder",
+        ),
+    ],
+)
+def test_grad_cam_passes_by_a_module_that_gives_its_features_pooled_too(model, layer):
+    torch.manual_seed(0)
+    model, images = model().eval(), noise(2, 3, 32, 32).float()
+    result = explain(model, images, method="grad_cam", target=1)
+    assert result.options == {"layer": layer}
+    assert result.maps.shape == (2, 4, 4) and result.maps.any()
+    with pytest.raises(UsageError, match="expected a layer that the answer depends on, got"):
+        explain(model, images, method="grad_cam", layer=layer.partition(".")[0])
 
 
 def test_grad_cam_never_takes_the_patch_embedding_nor_a_key():

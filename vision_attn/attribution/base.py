@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from vision_attn.attribution.tokens import find_layout, is_known
+from vision_attn.attribution.encoders import all_known, find_encoder
+from vision_attn.attribution.tokens import attends_globally, find_layout, is_known
 from vision_attn.capture import AttentionCapture, AttentionRecord
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.files import write_whole
@@ -38,6 +40,8 @@ attends to every other), "attention", "gates" or "nothing"; `control`, for what 
 class-specific method that takes None as the predicted class, which it sees in its own forward pass."""
 
 _FORMAT = "vision_attn.explanation"
+# A model's hooks and mode, and the random state, belong to all threads: what one puts back another would lose.
+_ONE_AT_A_TIME = threading.RLock()
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -151,7 +155,7 @@ def explain(
     model: nn.Module,
     images: Tensor,
     *,
-    method: str | Method = "rollout",
+    method: str | Method | None = None,
     target: Target | None = None,
     classes: Sequence[str] | None = None,
     layout: TokenLayout | None = None,
@@ -166,9 +170,10 @@ def explain(
     Args:
         model: An image classifier, (B, 3, H, W) -> logits (B, classes), or an output that holds them as `logits`.
         images: (B, 3, H, W) floats, normalised as the model wants them; moved to its device and floating type.
-        method: A name in `METHODS`, or a callable `(model, images, target) -> maps`, with target (B,), the maps (B, h,
-            w) or (B, 1, h, w), a tensor or an array: an object of another library goes into a lambda. It runs with
-            gradients on; the hooks and gradients that it leaves are taken away.
+        method: A name in `METHODS`; None for `default_method`, of which there is one for any classifier; or a callable
+            `(model, images, target) -> maps`, with target (B,), the maps (B, h, w) or (B, 1, h, w), a tensor or an
+            array: an object of another library goes into a lambda. It runs with gradients on; the hooks and gradients
+            that it leaves are taken away.
         target: The class asked about: None for the predicted one; an index or a name; one for each image; or several at
             once, as (1, T) for all images or (B, T).
         classes: The classes' names, in the order of the logits; `model.classes` (or, in transformers' models, the
@@ -182,25 +187,38 @@ def explain(
         AttentionNotFoundError: the method needs attention and the model shows none; the message names what works.
 
     Example:
+        >>> explain(model, images).method
+        'rollout'
         >>> result = explain(model, images, method="rollout", head_fusion="max", discard_ratio=0.9)
         >>> result.maps.shape
         torch.Size([8, 16, 16])
         >>> explain(model, images, method="generic", target=[["cat", "dog"]]).maps.shape
         torch.Size([8, 2, 16, 16])
     """
-    name, function, info = _resolve(method)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected a model as torch.nn.Module, got {type(model).__name__}: wrap it in a module")
+    if layout is not None and not isinstance(layout, TokenLayout):
+        raise UsageError(f"expected a TokenLayout, got {layout!r}: pass layout=TokenLayout(prefix=..., grid=(h, w))")
+    name, function, info = _resolve(default_method(model) if method is None else method)
     options = _all_options(name, function, options)
     geometry = _one_each(geometry, len(images) if isinstance(images, Tensor) else 0)
     names = _class_names(model, classes)
     model = _original(model)
-    with torch.inference_mode(False), torch.enable_grad():
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad():
         images = _checked_images(model, images)
         takes_layout = "layout" in _parameters(function)
-        if layout is None and takes_layout and is_known(model):
+        found = layout is None and takes_layout and is_known(model)
+        if found:
             layout = find_layout(model, images)
         arguments = {"layout": layout} if takes_layout else {}
         chosen = None if target is None else _checked_target(target, images, names)
-        with _as_found(model), _first_logits(model, images) as logits:
+        with ExitStack() as stack:
+            stack.enter_context(_as_found(model))
+            if takes_layout and not info.get("control"):
+                stack.enter_context(_one_run(model))
+            asks_a_row = found and info.get("needs") in ("global attention", "attention")
+            pooling = stack.enter_context(_pooling_seen(model)) if asks_a_row else None
+            logits = stack.enter_context(_first_logits(model, images))
             if info["class_specific"] and not info.get("predicts"):
                 predicted = _logits(model, images, logits)
                 chosen = predicted.argmax(-1) if chosen is None else chosen
@@ -214,7 +232,10 @@ def explain(
                     answer, settled = answer
                     options = {**options, **settled}
                 maps.append(_checked_maps(answer, len(images), name))
-            probabilities = _logits(model, images, logits).softmax(-1)
+            answered = _logits(model, images, logits)
+            if pooling is not None:
+                pooling.check(answered)
+            probabilities = answered.softmax(-1)
     if names is not None and len(names) != probabilities.shape[-1]:
         if classes is not None or _has_names(target):
             raise UsageError(
@@ -227,7 +248,7 @@ def explain(
     return Explanation(
         maps=torch.stack(maps, 1).expand(-1, len(each), -1, -1) if several else maps[0],
         method=name,
-        options=options,
+        options={option: _hashable(value) for option, value in options.items()},
         targets=chosen,
         probabilities=probabilities.gather(-1, chosen.view(len(images), -1)).view_as(chosen),
         layout=layout if takes_layout else None,
@@ -235,6 +256,15 @@ def explain(
         versions=_versions(),
         classes=names,
     )
+
+
+def default_method(model: nn.Module) -> str:
+    """Returns the name of the method that stands for all that can be said of a model at once.
+
+    "rollout" where all tokens attend to each other in every layer, as far as that is known of the model; "grad_cam",
+    which asks for nothing but a feature map, for every other one: CNNs, window and hierarchical models, strangers.
+    """
+    return "rollout" if attends_globally(model) else "grad_cam"
 
 
 def captured(model: nn.Module, images: Tensor, *, keep: Any = "queries_keys") -> list[AttentionRecord]:
@@ -288,6 +318,15 @@ def target_logits(logits: Tensor, target: Tensor | None) -> Tensor:
     target = logits.argmax(-1) if target is None else target
     check_target(target, logits.shape[-1])
     return logits.gather(-1, target[:, None])[:, 0]
+
+
+def check_gradients(logits: Tensor, model: nn.Module, method: str) -> None:
+    """Raises UsageError where logits were computed without gradients, though these were on."""
+    if not logits.requires_grad:
+        raise UsageError(
+            f"expected logits with gradients for {method}, got logits of {type(model).__name__} without: let its "
+            "forward neither detach nor run under torch.no_grad, or use rollout or raw or occlusion"
+        )
 
 
 def check_target(target: Tensor, num_classes: int) -> None:
@@ -354,6 +393,8 @@ def _all_options(method: str, function: Method, given: Mapping[str, Any]) -> dic
     for name, value in defaults.items():
         if value is inspect.Parameter.empty and name not in given:
             raise UsageError(f"expected the option {name!r}, without which {method} cannot run, got none: pass {name}=")
+    # NumPy's numbers become Python's, which a file can hold.
+    given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     return {**defaults, **given}
 
 
@@ -403,9 +444,9 @@ def _checked_images(model: nn.Module, images: Tensor) -> Tensor:
     return images if parameter is None else images.to(parameter.device, parameter.dtype)
 
 
-def _own(images: Tensor, method: str | Method) -> Tensor:
+def _own(images: Tensor, method: str | Method | None) -> Tensor:
     """Returns what a method may work on: a callable that we do not know gets a copy, as it may write into it."""
-    return images if isinstance(method, str) else images.clone()
+    return images.clone() if callable(method) else images
 
 
 def _checked_target(target: Target, images: Tensor, names: tuple[str, ...] | None) -> Tensor:
@@ -463,7 +504,7 @@ def _one_each(geometry: Geometry | Sequence[Geometry] | None, count: int) -> tup
 
 
 def _checked_maps(maps: Any, count: int, method: str) -> Tensor:
-    """Returns a method's maps as floats (B, h, w), detached."""
+    """Returns a method's maps (B, h, w), in float32 at least, detached."""
     if isinstance(maps, np.ndarray):
         maps = torch.from_numpy(np.ascontiguousarray(maps))
     if not isinstance(maps, Tensor):
@@ -478,7 +519,7 @@ def _checked_maps(maps: Any, count: int, method: str) -> Tensor:
             f"expected maps ({count}, h, w) or ({count}, 1, h, w) from {method}, got {shape}: "
             "return one map for each image, without colours"
         )
-    return maps.detach() if maps.is_floating_point() else maps.detach().float()
+    return maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
 
 
 @contextmanager
@@ -545,6 +586,87 @@ def _first_logits(model: nn.Module, images: Tensor) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@contextmanager
+def _one_run(model: nn.Module) -> Iterator[None]:
+    """Raises UsageError where encoders run more than once for an answer (a mean over flipped images, an ensemble).
+
+    The layers of all runs would pass for those of one, and maps of flipped images would lie flipped.
+    """
+    encoders = [encoder for encoder, _, _ in all_known(model) if encoder is not model]
+    runs = 0
+
+    def begin(_module: nn.Module, _args: Any) -> None:
+        nonlocal runs
+        runs = 0
+
+    def count(_module: nn.Module, _args: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            raise UsageError(
+                f"expected a model that runs one encoder once, got more runs for one answer of {type(model).__name__}: "
+                f"explain the {type(encoders[0]).__name__} in it, or use integrated_gradients or occlusion"
+            )
+
+    handles = [model.register_forward_pre_hook(begin)]
+    handles += [encoder.register_forward_pre_hook(count) for encoder in encoders]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Pooling:
+    """Whether a wrapped encoder's own pooling makes the answer, as the layout that is found from it supposes."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+        self.own = False
+        self.tokens: Tensor | None = None
+
+    def see(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        answer = getattr(output, "logits", output)
+        self.own = self.own or (isinstance(answer, Tensor) and answer.dim() == 2)
+
+    def keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        tokens = output[0] if isinstance(output, tuple) else output
+        self.tokens = tokens.detach() if isinstance(tokens, Tensor) else None
+
+    def check(self, logits: Tensor) -> None:
+        """Raises UsageError where the encoder gave tokens and something around it made the answer of them."""
+        if self.own:
+            return
+        encoder = find_encoder(self.encoder)
+        if encoder is not None and self.tokens is not None:
+            with torch.no_grad():
+                answer = encoder.head(self.tokens).to(logits.dtype)
+            if answer.shape == logits.shape and torch.allclose(answer, logits, rtol=1e-2, atol=1e-2):
+                return
+        raise UsageError(
+            f"expected the pooling of {type(self.encoder).__name__} itself, got an answer that something around it "
+            'makes of its tokens: pass layout=TokenLayout(prefix=..., grid=(h, w), query="class" or "mean") with what '
+            "it reads"
+        )
+
+
+@contextmanager
+def _pooling_seen(model: nn.Module) -> Iterator[_Pooling | None]:
+    """Gives what watches the one encoder inside a model; None where the model is the encoder."""
+    ((encoder, _, _),) = all_known(model)
+    parts = find_encoder(encoder)
+    if encoder is model or parts is None:
+        yield None
+        return
+    pooling = _Pooling(encoder)
+    handles = [encoder.register_forward_hook(pooling.see), parts.blocks[-1].register_forward_hook(pooling.keep)]
+    try:
+        yield pooling
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _logits(model: nn.Module, images: Tensor, seen: list[Tensor]) -> Tensor:
     """Returns the logits for `images`, (B, classes), in float32 at least; runs the model only if nobody has."""
     if not seen:
@@ -554,7 +676,7 @@ def _logits(model: nn.Module, images: Tensor, seen: list[Tensor]) -> Tensor:
 
 
 def _hashable(value: Any) -> Any:
-    """Returns an option as it was given: JSON turns tuples into lists."""
+    """Returns an option as it is kept, with tuples for lists: JSON turns tuples into lists."""
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 

@@ -116,6 +116,12 @@ def find_encoder(model: nn.Module) -> Encoder | None:
 
 def find_known(model: nn.Module) -> tuple[Any, Family, str] | None:
     """Returns the one known encoder in `model`, its family and its qualified name, or None."""
+    found = all_known(model)
+    return found[0] if len(found) == 1 else None
+
+
+def all_known(model: nn.Module) -> list[tuple[Any, Family, str]]:
+    """Returns the known encoders in `model` that are no part of another, their families and qualified names."""
     loaded = [
         (getattr(sys.modules[family.module], family.name, None), family)
         for family in FAMILIES
@@ -132,7 +138,7 @@ def find_known(model: nn.Module) -> tuple[Any, Family, str] | None:
         inside = any(outer == "" or name.startswith(f"{outer}.") for _, _, outer in found)
         if not inside and (family := family_of(module)) is not None:
             found.append((module, family, name))
-    return found[0] if len(found) == 1 else None
+    return found
 
 
 def body_of(module: Any, family: Family) -> Any:

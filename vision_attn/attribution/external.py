@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_attn.attribution.base import METHODS, frozen, logits_of
+from vision_attn.attribution.base import METHODS, check_gradients, frozen, logits_of
 from vision_attn.errors import UsageError
 from vision_attn.registry import unknown
 
@@ -144,7 +144,14 @@ def _captum() -> Any:
 
 def _logits_function(model: nn.Module) -> Any:
     """Returns a function of images that gives logits, whatever holds them in the model's output."""
-    return lambda images: logits_of(model(images))
+
+    def logits(images: Tensor) -> Tensor:
+        result = logits_of(model(images))
+        if images.requires_grad:
+            check_gradients(result, model, "integrated_gradients")
+        return result
+
+    return logits
 
 
 def _predicted(model: nn.Module, images: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ def gates(
     """Returns what one attention block lets through, (B, h, w), at its feature map's size, and which block it is.
 
     A gate is what was squashed (sigmoid, tanh, softmax) and then multiplies a feature map F. A spatial gate g(h, w) is
-    shown as it is. A channel gate g(k), which knows no places, is shown by the map that it weights: E_k(g_k F_k). A
-    gate with channels and places g(k, h, w) is shown as its mean over channels.
+    shown as it is. A channel gate g(k), which knows no places, is shown by the map that it weights: E_k(g_k F_k),
+    summed over paths where it chooses among them (selective kernels, split attention). A gate with channels and places
+    g(k, h, w) is shown as its mean over channels.
 
     Source: each block's paper: Hu et al., CVPR 2018 (SE); Woo et al., ECCV 2018 (CBAM); Wang et al., CVPR 2020 (ECA).
 
@@ -63,7 +64,8 @@ def _shown(record: AttentionRecord) -> Tensor | None:
     if height * width == 1:
         return None
     if gate.shape[-2:] == (1, 1):
-        return (gate * features).mean(1)
+        gated = gate * features
+        return (gated.sum(1) if gated.dim() == 5 else gated).mean(1)
     return gate.mean(1).expand(-1, height, width).clone()
 
 
@@ -74,6 +76,6 @@ def _chosen(records: list[AttentionRecord], layer: int | str) -> AttentionRecord
         if not named:
             raise unknown("gate", layer, [record.name for record in records])
         return named[-1]
-    if not -len(records) <= layer < len(records):
+    if type(layer) is not int or not -len(records) <= layer < len(records):
         raise UsageError(f"expected a layer from 0 to {len(records) - 1} (or -1 for the last), got {layer}: choose one")
     return records[layer]

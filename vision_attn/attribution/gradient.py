@@ -15,7 +15,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vision_attn.attribution.base import METHODS, frozen, logits_of, seen_records, target_logits, working_methods
+from vision_attn.attribution.base import (
+    METHODS,
+    captured,
+    check_gradients,
+    frozen,
+    logits_of,
+    seen_records,
+    target_logits,
+    working_methods,
+)
 from vision_attn.attribution.encoders import Encoder, find_encoder
 from vision_attn.attribution.rollout import kth_smallest
 from vision_attn.attribution.tokens import find_layout, is_known, query_row
@@ -59,8 +68,7 @@ def grad_rollout(
     number = isinstance(discard_ratio, int | float) and not isinstance(discard_ratio, bool)
     if not number or not 0 <= discard_ratio < 1:
         raise UsageError(f"expected discard_ratio from 0 to below 1, got {discard_ratio!r}: 0.9 drops nine tenths")
-    layout = layout or find_layout(model, images)
-    layers, pooling = _attention_and_gradients(model, images, target, layout, "grad_rollout")
+    layout, layers, pooling = _attention_and_gradients(model, images, target, layout, "grad_rollout")
     matrices = [(weights * gradients).mean(1).clamp(min=0) for weights, gradients in layers]
     if discard_ratio:
         protected = layout.index("class") if "class" in layout.prefix else None
@@ -107,8 +115,7 @@ def generic(
         AttentionNotFoundError: the model shows no attention.
         UsageError: its attention is not between all tokens.
     """
-    layout = layout or find_layout(model, images)
-    layers, pooling = _attention_and_gradients(model, images, target, layout, "generic")
+    layout, layers, pooling = _attention_and_gradients(model, images, target, layout, "generic")
     matrices = [(weights * gradients).clamp(min=0).mean(1) for weights, gradients in layers]
     row = _query_row(layout, matrices[0])
     if pooling is not None:
@@ -161,10 +168,10 @@ def legrad(
     """
     if pooling not in get_args(_Pooling):
         raise unknown("pooling", str(pooling), get_args(_Pooling))
+    encoder = _known_encoder(model, images, "legrad")
     layout = layout or find_layout(model, images)
-    encoder = _known_encoder(model, "legrad")
     count = len(encoder.blocks)
-    if last_layers is not None and not 1 <= last_layers <= count:
+    if last_layers is not None and not (type(last_layers) is int and 1 <= last_layers <= count):
         raise UsageError(f"expected last_layers from 1 to {count}, got {last_layers}: or None for all")
     names = {module: name for name, module in model.named_modules()}
     first = 0 if last_layers is None else count - last_layers
@@ -174,6 +181,13 @@ def legrad(
         target = logits.argmax(-1) if target is None else target
         records = seen_records(capture)
         refuse_parts(records, "legrad")
+        check_gradients(logits, model, "legrad")
+        if len(tokens) != count - first:
+            raise UsageError(
+                f"expected blocks that run once each for legrad, got {len(tokens)} runs of {count - first} in "
+                f"{type(model).__name__}: use generic, or {_alternatives('legrad')}"
+            )
+        _check_head(encoder, tokens[-1], logits, model)
         total = images.new_zeros((), dtype=source_of(records[0]).dtype)
         for (name, _), tokens_of_block in zip(blocks, tokens, strict=True):
             before = len(capture.records)
@@ -226,7 +240,7 @@ def grad_cam(
     """
     named = dict(model.named_modules())
     if layer is not None and layer not in named:
-        raise unknown("layer", layer, filter(None, named))
+        raise unknown("layer", str(layer), filter(None, named))
     if layout is None and is_known(model):
         layout = find_layout(model, images)
     with frozen(model):
@@ -242,13 +256,16 @@ def grad_cam(
                 f"expected features on a grid from {name!r}, got {tuple(features.shape)}: choose another layer, or "
                 "pass layout=TokenLayout(...) of these tokens"
             )
-        (gradients,) = torch.autograd.grad(chosen.sum(), features, allow_unused=True)
+        gradients = None
+        if chosen.requires_grad:
+            (gradients,) = torch.autograd.grad(chosen.sum(), features, allow_unused=True)
     if gradients is None or (layout is not None and not to_grid(gradients).any()):
         raise UsageError(
             f"expected a layer that the answer depends on, got {name!r}, whose patches it never sees: "
             "choose one before it"
         )
-    features, gradients = to_grid(features.detach()), to_grid(gradients)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    features, gradients = to_grid(features.detach()).to(dtype), to_grid(gradients).to(dtype)
     weights = gradients.mean((1, 2), keepdim=True)
     return (weights * features).sum(-1).clamp(min=0), {"layer": name}
 
@@ -280,9 +297,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _attention_and_gradients(
-    model: nn.Module, images: Tensor, target: Tensor | None, layout: TokenLayout, method: str
-) -> tuple[list[Pair], Pair | None]:
-    """Returns weights (B, h, Q, K) and the target logit's gradients by them, layer by layer, and a MAP head's.
+    model: nn.Module, images: Tensor, target: Tensor | None, layout: TokenLayout | None, method: str
+) -> tuple[TokenLayout, list[Pair], Pair | None]:
+    """Returns the layout, each layer's weights (B, h, Q, K) and the target logit's gradients by them, and a MAP head's.
 
     Raises:
         UsageError: attention is not among the layout's tokens, layer after layer, with no more than a MAP head after.
@@ -291,6 +308,8 @@ def _attention_and_gradients(
         chosen = target_logits(logits_of(model(images)), target)
         records = seen_records(capture)
         refuse_parts(records, method)
+        check_gradients(chosen, model, method)
+        layout = layout or find_layout(model, images)
         layers = [record for record in records if record.kind == "self"]
         pooling = [record for record in records if record.kind == "cross"]
         for record in layers:
@@ -309,7 +328,7 @@ def _attention_and_gradients(
         sources = [source_of(record) for record in layers + pooling]
         gradients = torch.autograd.grad(chosen.sum(), sources, allow_unused=True, materialize_grads=True)
     pairs = [(weights.detach(), gradient) for weights, gradient in zip(sources, gradients, strict=True)]
-    return pairs[: len(layers)], pairs[-1] if pooling else None
+    return layout, pairs[: len(layers)], pairs[-1] if pooling else None
 
 
 def _query_row(layout: TokenLayout, like: Tensor) -> Tensor:
@@ -318,8 +337,9 @@ def _query_row(layout: TokenLayout, like: Tensor) -> Tensor:
 
 
 def _times(row: Tensor, matrix: Tensor) -> Tensor:
-    """Returns row · matrix, (B, N)."""
-    return torch.bmm(row[:, None], matrix)[:, 0]
+    """Returns row · matrix, (B, N), in their own precision, whatever the model ran in."""
+    with torch.autocast(row.device.type, enabled=False):
+        return torch.bmm(row[:, None], matrix)[:, 0]
 
 
 def _over_all_tokens(row: Tensor, layout: TokenLayout) -> Tensor:
@@ -352,14 +372,27 @@ def _alternatives(method: str) -> str:
     return " or ".join(name for name in working_methods("attention", "nothing") if name != method)
 
 
-def _known_encoder(model: nn.Module, method: str) -> Encoder:
+def _known_encoder(model: nn.Module, images: Tensor, method: str) -> Encoder:
     encoder = find_encoder(model)
     if encoder is None:
+        refuse_parts(captured(model, images), method)
         raise UsageError(
             f"expected a ViT whose blocks and head are known for {method}, got {type(model).__name__}: use generic, or "
             f"{_alternatives(method)}"
         )
     return encoder
+
+
+def _check_head(encoder: Encoder, tokens: Tensor, logits: Tensor, model: nn.Module) -> None:
+    """Raises UsageError where the encoder's head does not give the model's own logits for the last block's tokens."""
+    # With gradients on, as the model ran: a MAP head's attention is rounded in the same places.
+    own, logits = encoder.head(tokens).detach().float(), logits.detach().float()
+    tolerance = max(1e-3, 8 * torch.finfo(tokens.dtype).eps) * float(logits.abs().max())
+    if own.shape != logits.shape or not torch.allclose(own, logits, rtol=0.0, atol=tolerance, equal_nan=True):
+        raise UsageError(
+            f"expected logits as the head of {type(encoder.module).__name__} gives them for legrad, got others from "
+            f"{type(model).__name__}: explain the {type(encoder.module).__name__} itself, or use generic"
+        )
 
 
 @contextmanager
@@ -402,12 +435,13 @@ def _leaf_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a module: what went in and came out, and what it called."""
+    """One call of a module: what went in and came out, at first and beside it, and what it called."""
 
     name: str
     module: nn.Module
     given: Tensor | None
     output: Tensor | None = None
+    beside: list[Tensor] = field(default_factory=list)
     calls: list["_Call"] = field(default_factory=list)
 
 
@@ -443,7 +477,8 @@ def _calls(model: nn.Module) -> Iterator[_Call]:
         stack.append(call)
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        stack.pop().output = _first(output)
+        call = stack.pop()
+        call.output, call.beside = _first(output), _all_tensors(output)[1:]
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
     handles += [module.register_forward_hook(leave) for module in names]
@@ -532,8 +567,15 @@ class _Search:
         to_grid = _grid_reader(call.output, self.image, self.layout, call.module)
         if to_grid is None or len(call.output) != len(self.image):
             return None
+        if any(self._depends(self.logit, one) and self._depends(one, call.output) for one in call.beside):
+            return False  # the module has pooled its features already, and the answer reads that
         (gradient,) = torch.autograd.grad(self.logit, call.output, retain_graph=True, allow_unused=True)
         return gradient is not None and bool(to_grid(gradient).any())
+
+    def _depends(self, result: Tensor, source: Tensor) -> bool:
+        if not (result.requires_grad and source.requires_grad):
+            return False
+        return torch.autograd.grad(result.sum(), source, retain_graph=True, allow_unused=True)[0] is not None
 
     def _list_of(self, call: _Call) -> nn.Module | None:
         """Returns the list of blocks that a call's module stands in, or None."""
@@ -583,13 +625,18 @@ def _grid_reader(
 
 def _first(output: Any) -> Any:
     """Returns the first tensor in what a module took or gave, or None."""
+    return next(iter(_all_tensors(output)), None)
+
+
+def _all_tensors(output: Any) -> list[Tensor]:
+    """Returns the tensors in what a module took or gave, in order; not those in parts of its parts."""
     if isinstance(output, Tensor):
-        return output
+        return [output]
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, Sequence) and not isinstance(output, str):
-        return next((one for one in output if isinstance(one, Tensor)), None)
-    return None
+        return [one for one in output if isinstance(one, Tensor)]
+    return []
 
 
 def _with_first(output: Any, changed: Tensor) -> Any:

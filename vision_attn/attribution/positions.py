@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vision_attn.attribution.base import working_methods
+from vision_attn.attribution.tokens import place_of
 from vision_attn.capture import AttentionCapture, AttentionInputs, AttentionRecord
 from vision_attn.capture.products import MATMULS
 from vision_attn.errors import AttentionNotFoundError, UsageError
@@ -103,7 +104,7 @@ def _find_positions(model: nn.Module, images: Tensor, record: AttentionRecord, w
             raise UsageError(
                 f"expected keys that each come from one place of the image, got keys in {record.name!r} that do not: "
                 "choose another layer, pass layout=TokenLayout(...) if every token attends to every other, or use "
-                f" {' or '.join(working_methods('nothing'))}"
+                f"{' or '.join(working_methods('nothing'))}"
             )
         if record.query_length == record.key_length:
             return KeyPositions(*keys, keys[1], keys[0])
@@ -142,19 +143,12 @@ def query_shares(positions: KeyPositions, num_queries: int, query_patch: tuple[i
     if query_patch is None:
         known = torch.ones(len(positions.keys), num_queries) if queries is None else queries >= 0
         return known.double() / known.sum()
-    rows, columns = positions.query_grid or positions.grid
-    row, column = query_patch
     if queries is None:
         raise UsageError(
             "expected a layer in which it is known where queries lie for query_patch, got one in which it is not: "
             "leave query_patch out, or choose another layer"
         )
-    if not (0 <= row < rows and 0 <= column < columns):
-        raise UsageError(
-            f"expected query_patch as (row, column) on the {rows} x {columns} grid, got {tuple(query_patch)}: "
-            f"rows go from 0 to {rows - 1}, columns from 0 to {columns - 1}"
-        )
-    asking = queries == row * columns + column
+    asking = queries == place_of(query_patch, positions.query_grid or positions.grid)
     return asking.double() / asking.sum().clamp(min=1)
 
 

@@ -57,7 +57,7 @@ def raw(
     record = _chosen(records, layer)
     if record.kind == "channel":
         raise _no_places(records, record)
-    if head is not None and not 0 <= head < record.num_heads:
+    if head is not None and not (type(head) is int and 0 <= head < record.num_heads):
         raise UsageError(f"expected a head from 0 to {record.num_heads - 1} in {record.name!r}, got {head}: choose one")
     if layout is None and is_known(model):
         layout = find_layout(model, images)
@@ -105,7 +105,8 @@ def _received(record: AttentionRecord, shares: Tensor, head_fusion: HeadFusion, 
         for top in range(first, last, rows) if share.any() else ():
             block = slice(top, min(top + rows, last))
             fused = fuse_heads(record.rows(block.start, block.stop, images=images), head_fusion, head=head)
-            part = part + (share[:, None, block].to(fused) @ fused)[:, 0]
+            with torch.autocast(fused.device.type, enabled=False):
+                part = part + (share[:, None, block].to(fused) @ fused)[:, 0]
         parts.append(part)
     return torch.cat(parts)
 
@@ -127,6 +128,6 @@ def _chosen(records: list[AttentionRecord], layer: Any) -> AttentionRecord:
         if not named:
             raise unknown("layer", layer, [record.name for record in records])
         return named[-1]
-    if not -len(records) <= layer < len(records):
+    if type(layer) is not int or not -len(records) <= layer < len(records):
         raise UsageError(f"expected a layer from 0 to {len(records) - 1} (or -1 for the last), got {layer}: choose one")
     return records[layer]

@@ -72,12 +72,13 @@ def rollout(
     layout = layout or find_layout(model, images)
     layers, pooling = _checked(records, layout)
     kept = [record.reduced for record in pooling]
-    if folded.matrix is not None:
-        row = _answer(folded.matrix, kept, layout, head_fusion, query_patch)
-        return layout.patches(torch.bmm(row[:, None], folded.matrix)[:, 0])
-    kept += [record.reduced for record in layers]
-    options: dict[str, Any] = {"head_fusion": head_fusion, "discard_ratio": discard_ratio, "query_patch": query_patch}
-    return layout.patches(rollout_row(kept, layout, **options))
+    with torch.autocast(images.device.type, enabled=False):
+        if folded.matrix is not None:
+            row = _answer(folded.matrix, kept, layout, head_fusion, query_patch)
+            return layout.patches(torch.bmm(row[:, None], folded.matrix)[:, 0])
+        kept += [record.reduced for record in layers]
+        options: dict[str, Any] = {"discard_ratio": discard_ratio, "query_patch": query_patch}
+        return layout.patches(rollout_row(kept, layout, head_fusion=head_fusion, **options))
 
 
 def rollout_row(

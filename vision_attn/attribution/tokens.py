@@ -4,6 +4,7 @@ Our encoder states its layout; those of timm, torchvision and transformers carry
 guessed from the number of tokens.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from vision_attn.attribution.encoders import Family, body_of, find_known, transf
 from vision_attn.errors import UsageError
 from vision_attn.layout import TokenLayout
 
-_REMEDY = 'pass layout=TokenLayout(prefix=("class",), grid=(h, w), query="class") with what the model does'
+_REMEDY = (
+    'pass layout=TokenLayout(prefix=("class",), grid=(h, w), query="class") with what the model does, '
+    "or use a method that works without, as raw and grad_cam do"
+)
 
 _QUERY_OF_POOLING = {"token": "class", "": "class", "avg": "mean", "map": "map"}
 # Classifiers of transformers that take images of every size that the patch divides, without being asked to.
@@ -58,6 +62,12 @@ def is_known(model: nn.Module) -> bool:
     return find_known(model) is not None
 
 
+def attends_globally(model: nn.Module) -> bool:
+    """Whether the model is known, and its layers attend between places (in XCiT they attend between channels)."""
+    known = find_known(model)
+    return known is not None and known[1].name != "Xcit"
+
+
 def query_row(layout: TokenLayout, like: Tensor, *, query_patch: tuple[int, int] | None = None) -> Tensor:
     """Returns the weight of every token in the image's answer, (N,), in the type and on the device of `like`.
 
@@ -90,14 +100,26 @@ def patch_index(layout: TokenLayout, patch: tuple[int, int]) -> int:
     Raises:
         UsageError: the patch is not on the grid.
     """
-    rows, columns = layout.grid
-    row, column = patch
+    return layout.num_prefix + place_of(patch, layout.grid)
+
+
+def place_of(patch: Any, grid: tuple[int, int]) -> int:
+    """Returns the place of patch (row, column) on a grid (h, w), row by row.
+
+    Raises:
+        UsageError: the patch is not on the grid.
+    """
+    rows, columns = grid
+    try:
+        row, column = map(operator.index, patch)
+    except (TypeError, ValueError):
+        row = column = -1
     if not (0 <= row < rows and 0 <= column < columns):
         raise UsageError(
-            f"expected query_patch as (row, column) on the {rows} x {columns} grid, got {tuple(patch)}: "
+            f"expected query_patch as (row, column) on the {rows} x {columns} grid, got {patch}: "
             f"rows go from 0 to {rows - 1}, columns from 0 to {columns - 1}"
         )
-    return layout.num_prefix + row * columns + column
+    return row * columns + column
 
 
 def _transformers_layout(encoder: Any, family: Family, height: int, width: int, *, wrapped: bool) -> TokenLayout:

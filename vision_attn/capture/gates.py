@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from vision_attn.capture.traces import MOVES, SAME, SOFTMAXES, SUMS, Function, named
@@ -29,11 +30,11 @@ class GateTrace:
     """What is known of a tensor that was squashed.
 
     Args:
-        origin: Address of the storage of what was squashed.
+        origin: The storage of what was squashed, which is not kept alive: its address may be another tensor's by now.
         squashed: Whether it lies between fixed bounds; a clamp to (0, 6) is a gate only once it is divided.
     """
 
-    origin: int
+    origin: StorageWeakRef
     squashed: bool = True
 
     @classmethod
@@ -62,10 +63,13 @@ class GateTrace:
 def find_gate(gate: Tensor, features: Tensor, trace: GateTrace) -> Tensor | None:
     """Returns the gate at its own size, without what it was expanded by; None where it gates no feature map.
 
-    A feature map has four dimensions. A map that is multiplied with its own squashed values (swish, mish, a GLU whose
-    halves are one tensor) is activated and not gated.
+    A feature map has four dimensions, or five where paths stand beside each other, of which a gate without places
+    chooses (selective kernels, split attention). A map that is multiplied with its own squashed values (swish, mish, a
+    GLU whose halves are one tensor) is activated and not gated.
     """
-    if not trace.squashed or gate.dim() != 4 or features.dim() != 4 or gate.numel() == 1:
+    if not trace.squashed or gate.dim() != features.dim() or gate.numel() == 1:
+        return None
+    if gate.dim() != 4 and (gate.dim() != 5 or gate.shape[-2:] != (1, 1)):
         return None
     try:
         if torch.broadcast_shapes(gate.shape, features.shape) != features.shape:
@@ -90,5 +94,5 @@ def _is_activation(gate: Tensor, features: Tensor) -> bool:
     return any(torch.allclose(gate, squash(features), atol=1e-5) for squash in squashes)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())

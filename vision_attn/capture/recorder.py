@@ -215,8 +215,9 @@ class AttentionCapture:
         """Returns what `kernel`, called with these arguments, returns; records what it attended to."""
         if not self._stack:
             return kernel(*args, **kwargs)
-        heads, crossing, only_record = self._multi_head or (declared_heads(self._around()), False, False)
         call = SdpaCall(*args, **kwargs)
+        lengths = (call.query.shape[-2], call.key.shape[-2])
+        heads, crossing, only_record = self._multi_head or (self._heads(call.query.shape[:-2], lengths), False, False)
         call.arrange(heads, self._images)
         values = call.values()
         kind = self._kind(values, call.query.shape[-2], crossing=crossing)
@@ -321,6 +322,8 @@ class AttentionCapture:
             output = function(*args, **kwargs)
             self._remember(output, trace.mixed(letters[side], result, output, attention))
             return output
+        if self._multi_head is None:
+            heads = self._heads(product.weights.shape[:-2], product.weights.shape[-2:])
         arrangement = find_arrangement(product.values, heads, self._images, merged=self._multi_head is not None)
         arranged = arrangement.arrange(product.values)
         kind = self._kind(arranged, product.weights.shape[-2], crossing=crossing)
@@ -409,6 +412,22 @@ class AttentionCapture:
             return args
         return (small, features) if place == 0 else (features, small)
 
+    def _heads(self, lead: Sequence[int], lengths: Sequence[int]) -> int | None:
+        """Returns how many heads there are in attention (*lead, Q, K), None where no module says.
+
+        A module that says how many it has may compute one after the other (EfficientViT): then what leads is as long as
+        the batch that it was given, of so many tokens.
+        """
+        heads = declared_heads(self._around())
+        if heads is None or len(lead) != 1:
+            return heads
+        frame = next(frame for frame in reversed(self._stack) if declared_heads([frame.module]))
+        shape = _shape(frame)
+        if not shape or shape[0] != lead[0] or len(shape) not in (3, 4):
+            return heads
+        tokens = {shape[1]} if len(shape) == 3 else {shape[1] * shape[2], shape[2] * shape[3]}
+        return heads if tokens.isdisjoint(lengths) else 1
+
     def _around(self) -> list[nn.Module]:
         """Returns the module that runs and those around it, the innermost first."""
         return [frame.module for frame in self._stack[:-4:-1]]
@@ -446,7 +465,7 @@ class AttentionCapture:
         if _in_backward():
             return None
         if kind == "gate":
-            num_heads, query_length, key_length = 1, values.shape[2:].numel(), values.shape[2:].numel()
+            num_heads, query_length, key_length = 1, values.shape[-2:].numel(), values.shape[-2:].numel()
         elif isinstance(source, Tensor):
             num_heads, query_length, key_length = source.shape[1:]
         else:
@@ -463,7 +482,8 @@ class AttentionCapture:
             product=product,
         )
         if callable(self.keep):
-            with torch._C.DisableTorchFunction():
+            # What a reduction computes is no part of the model, whose autocast would round it.
+            with torch._C.DisableTorchFunction(), torch.autocast(values.device.type, enabled=False):
                 record.reduce(self.keep(record))
         self._records.append(record)
         return record

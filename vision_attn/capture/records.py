@@ -99,7 +99,8 @@ class AttentionRecord:
         num_heads: h.
         query_length: Q; of a gate the places of the feature map.
         key_length: K; of a gate the places of the feature map.
-        values: (B, h, K, d); of a gate the feature map (B, C, H, W) that it multiplies. Detached, unless asked for.
+        values: (B, h, K, d); of a gate the feature map (B, C, H, W) that it multiplies, or the maps (B, P, C, H, W) of
+            P paths. Detached, unless asked for.
         source: Where the weights come from: the weights themselves, or what they are formed from when asked.
         product: What multiplied the values, where that is not the weights themselves.
         reduced: What `keep` made of the record while the model ran; then weights and values are gone.
@@ -126,7 +127,8 @@ class AttentionRecord:
     def weights(self) -> Tensor:
         """The weights, (B, h, Q, K), rows sum to 1. With keep="queries_keys" they are formed anew at every call.
 
-        Of a gate: the gate, (B, C, 1, 1), (B, 1, H, W), (B, C, H, W) or what broadcasts to the feature map.
+        Of a gate: the gate, (B, C, 1, 1), (B, 1, H, W), (B, C, H, W), (B, P, C, 1, 1) or what broadcasts to the feature
+        map.
         """
         return self.source if isinstance(self.source, Tensor) else self.source.rows()
 
