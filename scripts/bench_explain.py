@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision import transforms as T
 from torchvision.models import VisionTransformer
+from torchvision.transforms.functional import to_pil_image
 
 from vision_attn.attribution import explain
 from vision_attn.data.reading import find_images
@@ -291,18 +292,19 @@ def folder_table(photos: list[Path], repeats: int) -> Table:
     The peers' loops are those of their own examples, one photo after the other: PIL, torchvision's transforms, their
     method, their overlay, a file.
     """
-    model = vit(224)
-    model.classes = tuple(f"class {i}" for i in range(10))  # type: ignore[assignment]
-    model.layout = None  # type: ignore[assignment]
-    model.preprocessing = Preprocessing(image_size=(224, 224))  # type: ignore[assignment]
+    model, cnn = vit(224), timm.create_model("tf_efficientnet_lite0", num_classes=10).eval()
+    for one in (model, cnn):
+        one.classes = tuple(f"class {i}" for i in range(10))  # type: ignore[assignment]
+        one.layout = None  # type: ignore[assignment]
+        one.preprocessing = Preprocessing(image_size=(224, 224))  # type: ignore[assignment]
     transform = T.Compose(
         [T.Resize((224, 224)), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     )
 
-    def ours(method: str) -> Run:
+    def ours(method: str, network: nn.Module = model) -> Run:
         def run() -> None:
             with tempfile.TemporaryDirectory() as out:
-                explain_photos(model, photos, Path(out) / "overlays", method=method, progress=False)
+                explain_photos(network, photos, Path(out) / "overlays", method=method, progress=False)
 
         return run
 
@@ -343,6 +345,25 @@ def folder_table(photos: list[Path], repeats: int) -> Table:
             cv2.imwrite(str(file), show(np.asarray(photo, np.float32) / 255, heat, use_rgb=True)[..., ::-1])
 
         runs["pytorch-grad-cam, GradCAM"] = loop(draw_cam)
+    runs["EfficientNet-Lite0: ours, grad_cam"] = ours("grad_cam", cnn)
+    if cams := peer("pytorch_grad_cam"):
+
+        def draw_cnn(photo: Image.Image, pixels: Tensor, file: Path) -> None:
+            with cams.GradCAM(model=cnn, target_layers=[cnn.bn2]) as cam:
+                heat = cv2.resize(cam(input_tensor=pixels, targets=None)[0], photo.size)
+            cv2.imwrite(str(file), show(np.asarray(photo, np.float32) / 255, heat, use_rgb=True)[..., ::-1])
+
+        runs["EfficientNet-Lite0: pytorch-grad-cam, GradCAM"] = loop(draw_cnn)
+    if cams_of_torchcam := peer("torchcam.methods"):
+        overlay_mask = importlib.import_module("torchcam.utils").overlay_mask
+
+        def draw_torchcam(photo: Image.Image, pixels: Tensor, file: Path) -> None:
+            with cams_of_torchcam.GradCAM(cnn, target_layer="bn2") as extractor:
+                logits = cnn(pixels)
+                heat = extractor(int(logits[0].argmax()), logits)[0]
+            overlay_mask(photo, to_pil_image(heat[0], mode="F"), alpha=0.5).save(file)
+
+        runs["EfficientNet-Lite0: torch-cam, GradCAM"] = loop(draw_torchcam)
     seconds = interleaved(runs, repeats)
     table = Table("run", "photos a second", "lowest to highest", title=f"{len(photos)} photos to overlays on disk")
     for name, took in seconds.items():

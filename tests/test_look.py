@@ -142,6 +142,21 @@ def test_batches_do_not_change_the_maps(artefact, photos):
         torch.testing.assert_close(single, batched, atol=1e-6, rtol=1e-5)
 
 
+def test_the_layer_is_searched_for_once_and_colours_lie_last_for_convolutions(cnn, photos):
+    model, forms, passes = load_model(cnn), set(), []
+    model.conv1.register_forward_pre_hook(lambda _module, args: forms.add(args[0].is_contiguous()))
+    model.register_forward_hook(lambda _module, args, _output: passes.append(len(args[0])))
+    paths = sorted(photos.rglob("*.*"))
+    looks = list(look(model, paths, {}, method="grad_cam", batch_size=1))
+    assert passes == [1] * (len(paths) + 1)
+    assert len(paths) > 1 and {done.explanations["grad_cam"].options["layer"] for done in looks} == {"layer4"}
+    assert forms == {False}
+    for done in looks:
+        pixels, _ = model.preprocessing(done.image)
+        expected = explain(model, model.preprocessing.normalize(pixels[None]), method="grad_cam")
+        torch.testing.assert_close(done.map("grad_cam"), expected.maps[0], atol=1e-6, rtol=1e-4)
+
+
 def test_several_methods_and_targets_each_have_their_files_and_rows(artefact, photos, tmp_path):
     out = tmp_path / "out"
     assert command(artefact, photos / "tall.png", "--out", out, "--method", "rollout,generic", "--target",
@@ -370,12 +385,31 @@ def test_other_settings_are_refused_and_change_nothing(artefact, photos, tmp_pat
     assert files_of(out) == before
 
 
+def test_a_folder_of_overlays_among_the_photos_is_not_explained(artefact, photos, tmp_path):
+    model, out = load_model(artefact), photos / "nested" / "looked"
+    before = len(find_photos([photos]))
+    assert explain_photos(model, [photos], out).explained == before
+    again = explain_photos(model, [photos], out)
+    assert (again.explained, again.done_before) == (0, before)
+    assert explain_photos(model, [photos], tmp_path / "other").explained == before
+    # Asked for by name they are photos as any other.
+    assert explain_photos(model, [out / "rollout"], tmp_path / "of ours").explained == before
+    with pytest.raises(UsageError, match="only overlays of an earlier command"):
+        explain_photos(model, [photos / "nested"], tmp_path / "none")
+
+
+def test_random_weights_are_gone_on_with(photos, tmp_path, capsys):
+    arguments = ("va_vit_micro_stem8_64", photos, "--pretrained", "false", "--out", tmp_path / "out")
+    assert command(*arguments) == 0 and command(*arguments) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+
+
 def test_another_model_is_refused(artefact, photos, tmp_path, capsys):
     model, out = load_model(artefact), tmp_path / "out"
     explain_photos(model, [photos], out)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0].add_(1e-3)
-    with pytest.raises(UsageError, match="expected the model, with which"):
+    with pytest.raises(UsageError, match=r"expected the model with which .* got one with other weights"):
         explain_photos(model, [photos], out)
 
 
@@ -517,6 +551,7 @@ def test_classes_are_found_by_name_before_index():
 def test_targets_with_commas_are_names_first():
     assert find_targets("mouse, small", CLASSES) == (2,)
     assert find_targets("dog,0, predicted ,dog", CLASSES) == (1, 0, None)
+    assert find_targets("dog,mouse, small,cat", CLASSES) == (1, 2, 0)
     assert find_targets(["mouse, small", 1, None], CLASSES) == (2, 1, None)
     assert find_targets(None, CLASSES) == find_targets("predicted", CLASSES) == (None,)
 
@@ -580,3 +615,27 @@ def test_window_attention_is_shown_on_the_grid():
     assert [tuple(maps.shape) for _, maps in layers][:3] == [(1, 16, 16), (1, 16, 16), (2, 8, 8)]
     for _, maps in layers:
         torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(len(maps)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "pvt_v2_b0"])
+def test_a_patch_asks_from_the_same_place_in_layers_of_every_grid(name):
+    model = create_model(name, image_size=(224, 224), num_classes=2).eval()
+    model.layout, model.preprocessing = None, Preprocessing((224, 224))
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    rows, columns = layer_maps(model, images)[0][1].shape[-2:]
+    layers = layer_maps(model, images, query_patch=(rows - 1, columns - 1))
+    # Queries of the first layer of PVT v2 lie on 56 x 56 places, of the last on 7 x 7; the last patch is in the corner.
+    for number, side in ((0, 56), (len(layers) - 1, 7)):
+        corner = side - 1 if rows == side or side == 7 else (2 * rows - 1) * side // (2 * rows)
+        expected = explain(model, images, method="raw", layer=number, query_patch=(corner, corner)).maps[0]
+        torch.testing.assert_close(layers[number][1].mean(0), expected, atol=1e-6, rtol=1e-4)
+    with pytest.raises(UsageError, match=f"{rows} x {columns} grid"):
+        layer_maps(model, images, query_patch=(rows, 0))
+
+
+def test_without_a_method_any_network_is_explained(artefact, photos, tmp_path):
+    assert command(artefact, photos / "tall.png", "--out", tmp_path / "vit") == 0
+    assert [row["method"] for row in rows_of(tmp_path / "vit")] == ["rollout"]
+    network = ("test_resnet", "--pretrained", "false")
+    assert main(["explain", *network, str(photos / "tall.png"), "--out", str(tmp_path / "cnn")]) == 0
+    assert [row["method"] for row in rows_of(tmp_path / "cnn")] == ["grad_cam"]

@@ -23,7 +23,9 @@ _PUBLIC = {
     "ViT": "vision_attn.models.vit",
     "create_model": "vision_attn.models.factory",
     "explain": "vision_attn.attribution.base",
+    "explain_photos": "vision_attn.look",
     "load_model": "vision_attn.models.factory",
+    "open_model": "vision_attn.models.factory",
     "overlay": "vision_attn.viz.overlay",
 }
 

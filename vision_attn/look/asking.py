@@ -9,7 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vision_attn.attribution import METHODS
+from vision_attn.attribution.base import default_method
 from vision_attn.data.reading import find_images
 from vision_attn.errors import UsageError
 from vision_attn.registry import unknown
@@ -26,6 +29,11 @@ def several(names: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in listed))
 
 
+def chosen_methods(method: str | Sequence[str] | None, model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the methods that are asked for; where none is, of the one that any classifier has."""
+    return (default_method(model),) if method is None else several(method)
+
+
 def find_targets(target: Target | Sequence[Target], classes: Sequence[str]) -> tuple[int | None, ...]:
     """Returns the indices of the classes that are asked for, each once; None stands for the predicted class.
 
@@ -36,8 +44,7 @@ def find_targets(target: Target | Sequence[Target], classes: Sequence[str]) -> t
         return (None,)
     if isinstance(target, (str, int)):
         # The name of a class may have commas of its own.
-        whole = isinstance(target, int) or target in classes or "," not in target
-        target = [target] if whole else [name.strip() for name in str(target).split(",")]
+        target = [target] if isinstance(target, int) or target in classes else _listed(target, classes)
     if not target:
         raise UsageError("expected at least one target, got none: leave it out for the predicted class")
     found = [
@@ -45,6 +52,16 @@ def find_targets(target: Target | Sequence[Target], classes: Sequence[str]) -> t
         for one in target
     ]
     return tuple(dict.fromkeys(found))
+
+
+def _listed(text: str, classes: Sequence[str]) -> list[str]:
+    """Returns what a text with commas names; parts that together are one class stay together, as many as can be."""
+    parts, names = text.split(","), []
+    while parts:
+        taken = next((n for n in range(len(parts), 1, -1) if ",".join(parts[:n]).strip() in classes), 1)
+        names.append(",".join(parts[:taken]).strip())
+        parts = parts[taken:]
+    return names
 
 
 def find_class(target: str | int, classes: Sequence[str]) -> int:
@@ -144,6 +161,11 @@ def method_options(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str
         for method in asked:
             chosen[method][option] = given[name]
     return chosen
+
+
+def takes_option(method: str, option: str) -> bool:
+    """Returns whether a method has an option of this name."""
+    return option in _options_of(METHODS.get(method))
 
 
 def _options_of(function: Any) -> dict[str, inspect.Parameter]:

@@ -40,10 +40,10 @@ from vision_attn.look.asking import (
     PREDICTED,
     Target,
     check_classes,
+    chosen_methods,
     find_photos,
     find_targets,
     method_options,
-    several,
 )
 from vision_attn.look.maps import THREADS, Look, in_order, look, worker_threads
 from vision_attn.look.sheets import check_sheets, write_sheets
@@ -87,7 +87,7 @@ def explain_photos(
     photos: Sequence[str | Path],
     out: str | Path,
     *,
-    method: str | Sequence[str] = "rollout",
+    method: str | Sequence[str] | None = None,
     target: Target | Sequence[Target] = None,
     options: Mapping[str, Any] | None = None,
     style: Style = "heat",
@@ -133,7 +133,7 @@ def explain_photos(
     """
     out = Path(out)
     classes = getattr(model, "classes", None) or ()
-    methods = method_options(several(method), options or {})
+    methods = method_options(chosen_methods(method, model), options or {})
     targets = find_targets(target, classes)
     check_classes(methods, classes)
     plan = _Plan(
@@ -147,7 +147,7 @@ def explain_photos(
         raw=raw,
     )
     check_sheets(model, sheets, query_patch, raw=raw)
-    found = find_photos(photos)
+    found = _without_pictures_of_ours(find_photos(photos))
     settings = _settings(model, methods, plan)
     rows = _rows_before(out, settings, plan)
     bases = _free_bases(found, rows, plan)
@@ -290,6 +290,11 @@ def _rows_before(out: Path, settings: Mapping[str, Any], plan: _Plan) -> dict[st
         before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"expected JSON in {out / SETTINGS_FILE}, got {error}: choose another --out") from error
+    if before.get("model") != settings["model"]:
+        raise UsageError(
+            f"expected the model with which {out} was begun, got one with other weights, classes or preprocessing: "
+            "choose another folder with --out"
+        )
     for key, value in settings.items():
         if before.get(key) != value:
             raise UsageError(
@@ -311,8 +316,6 @@ def _rows_before(out: Path, settings: Mapping[str, Any], plan: _Plan) -> dict[st
 
 
 def _told(key: str, value: Any) -> str:
-    if key == "model":
-        return "the model"
     if key == "methods" and isinstance(value, dict):
         return f"methods {', '.join(f'{name} {options}' if options else name for name, options in value.items())}"
     return f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
@@ -322,6 +325,35 @@ def _as_csv(rows: Iterable[Sequence[str]]) -> str:
     table = io.StringIO(newline="")
     csv.writer(table, lineterminator="\n").writerows(rows)
     return table.getvalue()
+
+
+def _without_pictures_of_ours(found: Mapping[Path, Path]) -> dict[Path, Path]:
+    """Returns the photos without those in folders of overlays that lie in a folder of photos, as `out` itself may.
+
+    Raises:
+        UsageError: nothing else is there.
+    """
+    ours: dict[Path, bool] = {}
+
+    def is_ours(folder: Path, root: Path) -> bool:
+        if folder == root or not folder.is_relative_to(root):
+            return False
+        if folder not in ours:
+            ours[folder] = _is_begun(folder) or is_ours(folder.parent, root)
+        return ours[folder]
+
+    photos = {path: root for path, root in found.items() if not is_ours(path.parent, root)}
+    if not photos:
+        raise UsageError("expected photos, got only overlays of an earlier command: give the photos")
+    return photos
+
+
+def _is_begun(folder: Path) -> bool:
+    """Tells whether a folder is one that `explain_photos` began."""
+    if not (folder / SETTINGS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        return False
+    with (folder / INDEX_FILE).open(encoding="utf-8", errors="replace") as index:
+        return index.readline() == _as_csv([INDEX_COLUMNS])
 
 
 def _free_bases(found: Mapping[Path, Path], rows: Mapping[str, Sequence[Row]], plan: _Plan) -> dict[Path, Path]:

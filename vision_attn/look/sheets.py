@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vision_attn.attribution.base import Explanation, captured
 from vision_attn.attribution.positions import find_positions, unwindow
-from vision_attn.attribution.tokens import find_layout, is_known, query_row
+from vision_attn.attribution.tokens import find_layout, is_known, place_of, query_row
 from vision_attn.capture import AttentionRecord
 from vision_attn.data.reading import read_image
 from vision_attn.data.transforms import Preprocessing
@@ -132,7 +132,8 @@ def layer_maps(
     Args:
         model: Any model with attention on a grid.
         images: (1, 3, H, W), normalised.
-        query_patch: (row, column) of the patch that asks, in place of these.
+        query_patch: (row, column) of the patch that asks, in place of these, on the grid of the first layer's maps. In
+            layers of another grid the patch at its middle asks.
 
     Raises:
         AttentionNotFoundError: there is none.
@@ -142,32 +143,50 @@ def layer_maps(
     layout: TokenLayout | None = getattr(model, "layout", None)
     if layout is None and is_known(model):
         layout = find_layout(model, images)
-    layers = []
+    layers: list[tuple[str, Tensor]] = []
+    first: tuple[int, int] | None = None
     for record in captured(model, images):
-        if record.kind == "channel" or (record.kind == "cross" and query_patch is not None):
+        if record.kind == "channel" or (record.kind == "cross" and query_patch is not None and layout is not None):
             continue
-        layers.append((record.name, _head_maps(model, images, record, layout, query_patch).float().cpu()))
+        if _is_global(record, layout):
+            assert layout is not None
+            first = first or layout.grid
+            maps = _global_maps(record, layout, _on_grid(query_patch, first, layout.grid))
+        else:
+            positions = find_positions(model, images, record)
+            if record.kind == "cross" and query_patch is not None and positions.queries is None:
+                continue  # what asks is no patch
+            first = first or positions.grid
+            patch = _on_grid(query_patch, first, positions.query_grid or positions.grid)
+            maps = torch.cat([unwindow(head, positions, patch) for head in record.weights.unbind(1)])
+        layers.append((record.name, maps.float().cpu()))
     if not layers:
         raise AttentionNotFoundError("expected attention between places for a sheet, got none: leave it out")
     return layers
 
 
-def _head_maps(
-    model: nn.Module,
-    images: Tensor,
-    record: AttentionRecord,
-    layout: TokenLayout | None,
-    query_patch: tuple[int, int] | None,
-) -> Tensor:
-    if layout is not None and record.kind in ("self", "cross") and record.key_length == layout.num_tokens:
-        if record.kind == "cross":
-            return layout.patches(record.weights[0].mean(-2))
-        row = query_row(layout, record.rows(0, 1), query_patch=query_patch)
-        asking = row.nonzero()[:, 0]
-        first, last = int(asking[0]), int(asking[-1]) + 1
-        return layout.patches((row[first:last, None] * record.rows(first, last)[0]).sum(-2))
-    positions = find_positions(model, images, record)
-    return torch.cat([unwindow(head, positions, query_patch) for head in record.weights.unbind(1)])
+def _is_global(record: AttentionRecord, layout: TokenLayout | None) -> bool:
+    return layout is not None and record.kind in ("self", "cross") and record.key_length == layout.num_tokens
+
+
+def _global_maps(record: AttentionRecord, layout: TokenLayout, query_patch: tuple[int, int] | None) -> Tensor:
+    if record.kind == "cross":
+        return layout.patches(record.weights[0].mean(-2))
+    row = query_row(layout, record.rows(0, 1), query_patch=query_patch)
+    asking = row.nonzero()[:, 0]
+    first, last = int(asking[0]), int(asking[-1]) + 1
+    return layout.patches((row[first:last, None] * record.rows(first, last)[0]).sum(-2))
+
+
+def _on_grid(
+    query_patch: tuple[int, int] | None, first: tuple[int, int], grid: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Returns the patch of a grid at the middle of one of the first layer's grid."""
+    if query_patch is None:
+        return None
+    place_of(query_patch, first)  # raises where it is not on that grid
+    row, column = ((2 * i + 1) * n // (2 * m) for i, m, n in zip(query_patch, first, grid, strict=True))
+    return row, column
 
 
 def _middle(layers: Sequence[tuple[str, Tensor]]) -> tuple[int, int]:

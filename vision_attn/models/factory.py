@@ -229,7 +229,7 @@ def open_model(
             `timm.create_model` takes.
         checkpoint: The weights for a name, from a file; its head tells how many classes there are.
         pretrained: For a name, timm's weights from the hub; by default where no checkpoint is given. False without a
-            checkpoint leaves the weights random.
+            checkpoint leaves the weights random, the same ones each time.
         classes: Names, in the order of the logits. By default those of the artefact or the run; ImageNet's for 1,000
             classes; numbers for the rest.
         image_size: For a name, (height, width) or one number; timm's by default.
@@ -308,9 +308,12 @@ def _open_name(
     num_classes = None if state is None else _classes_of_head(name, state)
     pretrained = state is None if pretrained is None else pretrained
     try:
-        model = create_model(
-            name, num_classes=num_classes, pretrained=pretrained, checkpoint=state, image_size=image_size
-        )
+        # What stays random is the same each time, so that a command can be stopped and gone on with.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = create_model(
+                name, num_classes=num_classes, pretrained=pretrained, checkpoint=state, image_size=image_size
+            )
     except UsageError as error:
         if not pretrained or "from the hub" not in str(error):
             raise
