@@ -4,9 +4,9 @@
     python scripts/bench_explain.py huge gigantic --device cuda
 
 Times are medians of interleaved runs; a first round warms up and is dropped. Peak memory is the process's, above what
-it held with model and images in memory and one run behind it, each case in a process of its own. Peers that are not
-installed are named and left out: `pip install --no-deps grad-cam ttach torchcam fast-vit-rollout` brings them (grad-cam
-wants scikit-learn as well).
+it held with model and images in memory and a plain forward pass behind it, each case in a process of its own. Peers
+that are not installed are named and left out: `pip install --no-deps grad-cam ttach torchcam fast-vit-rollout` brings
+them (grad-cam wants scikit-learn as well).
 """
 
 import argparse
@@ -143,6 +143,7 @@ def class_runs(size: int, batch_size: int) -> dict[str, Run]:
     model = VisionTransformer(
         image_size=size, patch_size=14, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=10
     )
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision starts with zeros, which give no gradients
     model = model.eval().to(DEVICE)
     images = torch.randn(batch_size, 3, size, size, device=DEVICE)
     runs: dict[str, Run] = {"plain forward": plain(model, images)}
@@ -243,12 +244,12 @@ def peak(case: str, name: str) -> float:
     return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
 
 
-def own_peak(run: Run) -> float:
+def own_peak(run: Run, warm_up: Run) -> float:
     """Returns the MiB by which this process grows at the peak of `run`, from the kernel's high-water mark (Linux).
 
-    On another device: the memory of its tensors.
+    On another device: the memory of its tensors. The libraries' own buffers are made by `warm_up`.
     """
-    run()
+    warm_up()
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -266,9 +267,13 @@ def _status(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def compare(case: str, repeats: int, *, memory: bool) -> Table:
-    """Returns the table of a case."""
-    runs = CASES[case]()
+def compare(case: str, repeats: int, *, memory: bool, only: str) -> Table:
+    """Returns the table of a case: the plain forward pass, and the runs whose names begin with one of `only`."""
+    runs = {
+        name: run
+        for name, run in CASES[case]().items()
+        if name.startswith(("plain forward", *(part.strip() for part in only.split(","))))
+    }
     seconds = interleaved(runs, repeats)
     table = Table("run", "ms", "times plain", "lowest to highest", "peak MiB", "times plain", title=case)
     peaks = {name: peak(case, name) if memory else float("nan") for name in runs}
@@ -381,6 +386,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--photos", type=Path, help="photos for the folder case")
     parser.add_argument("--count", type=int, default=48, help="how many of them")
+    parser.add_argument("--only", default="", help="how the names of runs begin, with commas between them; all")
     parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--device", default=DEVICE, help="cpu (default), or cuda for huge and gigantic")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -388,8 +394,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     DEVICE = options.device
     if options.peak_of:
-        run = CASES[options.cases[0]]()[options.peak_of]
-        print(own_peak(run))
+        runs = CASES[options.cases[0]]()
+        print(own_peak(runs[options.peak_of], runs["plain forward"]))
         return
     for case in options.cases:
         if case == "folder":
@@ -397,7 +403,7 @@ def main() -> None:
                 parser.error("expected --photos FOLDER for the folder case, got none: give a folder of photos")
             table = folder_table(find_images([options.photos])[: options.count], options.repeats)
         else:
-            table = compare(case, options.repeats, memory=not options.no_memory)
+            table = compare(case, options.repeats, memory=not options.no_memory, only=options.only)
         Console().print(table)
 
 
