@@ -732,13 +732,13 @@ def test_activations_are_no_gates(name):
 
 def test_a_gate_is_none_the_less_when_its_features_take_the_place_in_memory_of_what_was_squashed():
     def function(x, y):
-        squashed = y + 1
-        address, gate, tried = squashed.data_ptr(), squashed.sigmoid(), [x]
+        memory = bytearray(x.numel() * 4)
+        squashed = torch.frombuffer(memory, dtype=torch.float32).view_as(y).copy_(y)
+        address, gate = squashed.data_ptr(), squashed.sigmoid()
         del squashed
-        while tried[-1].data_ptr() != address and len(tried) < 1000:
-            tried.append(x + 1)
-        assert tried[-1].data_ptr() == address
-        return tried[-1] * gate
+        features = torch.frombuffer(memory, dtype=torch.float32).view_as(x).copy_(x)
+        assert features.data_ptr() == address
+        return features * gate
 
     model = Gated(function)
     with torch.no_grad(), AttentionCapture(model, kinds=("gate",)) as capture:
