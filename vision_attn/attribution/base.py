@@ -170,7 +170,7 @@ def explain(
     Args:
         model: An image classifier, (B, 3, H, W) -> logits (B, classes), or an output that holds them as `logits`.
         images: (B, 3, H, W) floats, normalised as the model wants them; moved to its device and floating type.
-        method: A name in `METHODS`; None for `default_method`, of which there is one for any classifier; or a callable
+        method: A name in `METHODS`; None for that of `default_method`; or a callable
             `(model, images, target) -> maps`, with target (B,), the maps (B, h, w) or (B, 1, h, w), a tensor or an
             array: an object of another library goes into a lambda. It runs with gradients on; the hooks and gradients
             that it leaves are taken away.
@@ -263,6 +263,7 @@ def default_method(model: nn.Module) -> str:
 
     "rollout" where all tokens attend to each other in every layer, as far as that is known of the model; "grad_cam",
     which asks for nothing but a feature map, for every other one: CNNs, window and hierarchical models, strangers.
+    Where no feature map is found either (CrossViT, TNT), it says so and names what works.
     """
     return "rollout" if attends_globally(model) else "grad_cam"
 

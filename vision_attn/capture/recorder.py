@@ -61,7 +61,8 @@ class AttentionCapture:
         keep: "weights" forms and keeps (B, h, Q, K) for every layer: quadratic in the tokens. "queries_keys" keeps
             references to the queries, keys and values, and forms weights when asked: linear in the tokens. Where a
             model forms the weights itself (softmax, then a product with values), they are kept as they are. A callable
-            is given each record while the model runs, and only what it returns is kept, as `record.reduced`.
+            is given each record while the model runs, and only what it returns is kept, as `record.reduced`; where it
+            calls `record.attend`, the model goes on with weights times values, equal to its kernel's to rounding.
         layers: Which attention to keep: places in the running order (from 0) or module names; a name stands for all
             below it ("blocks.3" for "blocks.3.attn"). None keeps all.
         kinds: Which kinds to keep, see `AttentionRecord`. Gates are looked for only where they are named.

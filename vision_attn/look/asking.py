@@ -30,7 +30,7 @@ def several(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def chosen_methods(method: str | Sequence[str] | None, model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the methods that are asked for; where none is, of the one that any classifier has."""
+    """Returns the names of the methods that are asked for; where none is, of the model's default."""
     return (default_method(model),) if method is None else several(method)
 
 
