@@ -99,3 +99,25 @@ class TokenLayout:
     def from_dict(cls, values: dict[str, Any]) -> "TokenLayout":
         """Returns the layout that `to_dict` wrote."""
         return cls(prefix=tuple(values["prefix"]), grid=tuple(values["grid"]), query=values["query"])
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPositions:
+    """Places of one attention's keys and queries, the same for every image of one size.
+
+    Letters: W windows of an image (1 where attention is global), Q queries, K keys.
+
+    Args:
+        grid: Places as (h, w), row by row.
+        keys: (W, K), the place of every key of every window, or (W, Q, K) where each query has keys of its own
+            (criss-cross); -1 where it is padding or no part of the image. None where keys are channels: then each
+            channel has values at all places of the grid.
+        queries: (W, Q), the same for the queries, on `query_grid`; None where queries are no places (latents,
+            descriptors, channels) or it is not known.
+        query_grid: The grid of the queries where it is another than that of the keys (pooled keys); else `grid`.
+    """
+
+    grid: tuple[int, int]
+    keys: Tensor | None
+    queries: Tensor | None = None
+    query_grid: tuple[int, int] | None = None

@@ -16,7 +16,6 @@ Letters: W windows of an image, K keys, Q queries; H, W a feature map; h, w the 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +29,7 @@ from vision_attn.attribution.tokens import place_of
 from vision_attn.capture import AttentionCapture, AttentionInputs, AttentionRecord
 from vision_attn.capture.products import MATMULS
 from vision_attn.errors import AttentionNotFoundError, UsageError
+from vision_attn.layout import KeyPositions
 
 Grid = tuple[int, int]
 
@@ -44,23 +44,6 @@ _REMEMBERED = 64
 # Below this share of the largest key's squared derivative there is none.
 _NOTHING = 1e-10
 _KNOWN: "WeakKeyDictionary[nn.Module, OrderedDict[tuple[Any, ...], KeyPositions]]" = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class KeyPositions:
-    """Places of one attention's keys and queries, the same for every image of one size.
-
-    Args:
-        grid: Places as (h, w), row by row.
-        keys: (W, K), the place of every key of every window; -1 where it is padding or no part of the image.
-        queries: (W, Q), the same for the queries, on `query_grid`; None where it is not known.
-        query_grid: The grid of the queries where it is finer than that of the keys (pooled keys); else `grid`.
-    """
-
-    grid: tuple[int, int]
-    keys: Tensor
-    queries: Tensor | None = None
-    query_grid: tuple[int, int] | None = None
 
 
 def find_positions(model: nn.Module, images: Tensor, record: AttentionRecord) -> KeyPositions:
