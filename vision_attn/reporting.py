@@ -16,7 +16,12 @@ class ReportGate(nn.Module):
     """Hands a gate on; `AttentionCapture(model, kinds=("gate",))` records it with the features that it multiplies.
 
     For gates that nobody could find by watching what is squashed and multiplied: signed ones, ones that come from
-    convolutions alone. The record carries the name of the block, which is the module around this one.
+    convolutions alone. A block that has one child of this kind calls it `report`, and the record carries the name of
+    the block; a block with several gates calls them `report_channel`, `report_spatial`, and each record carries its
+    child's name.
+
+    The block goes on with what is returned. What else its `forward` squashes, or softmaxes on the way to the gate, is
+    not recorded, unless it has `key_positions` and so says where that attention lies.
     """
 
     def forward(self, gate: Tensor, features: Tensor) -> Tensor:
@@ -24,7 +29,8 @@ class ReportGate(nn.Module):
 
         Args:
             gate: What broadcasts to `features`: (B, C, 1, 1), (B, 1, H, W), (B, C, H, W), (B, C, H, 1), (B, C, 1, W),
-                or with P paths or groups in front of the channels (B, P, C or 1, H or 1, W or 1).
+                or with P paths or groups in front of the channels (B, P, C or 1, H or 1, W or 1). Among paths it sums
+                to 1.
             features: What it multiplies: (B, C, H, W), or (B, P, C, H, W).
         """
         return gate
@@ -52,6 +58,18 @@ class ReportAttention(nn.Module):
             values: (B, h, N, d) what is averaged; N is K, or all places where each query has keys of its own.
         """
         return weights
+
+
+class ReportMerge(nn.Module):
+    """Hands on what merged into what; `AttentionCapture` keeps it with the attention that runs afterwards."""
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Returns `places` unchanged.
+
+        Args:
+            places: (B, N), for each token of the sequence before any merging the place of that which it is part of.
+        """
+        return places
 
 
 @runtime_checkable

@@ -1,13 +1,11 @@
 """Blocks by name."""
 
-import inspect
 from typing import Any, get_args
 
 from torch import nn
 
-from vision_attn.errors import UsageError
 from vision_attn.layers import channel, hybrid, multi_branch, self_attention, spatial  # noqa: F401 - they register
-from vision_attn.layers.base import LAYERS, Group, check_positive
+from vision_attn.layers.base import LAYERS, Group, check_options, check_positive
 from vision_attn.registry import unknown
 
 
@@ -28,14 +26,7 @@ def create_layer(name: str, channels: int, **options: Any) -> nn.Module:
     """
     block = LAYERS.get(name)
     check_positive("channels", channels)
-    parameters = inspect.signature(block).parameters
-    known = [option for option in parameters if option not in ("channels", "self")]
-    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for option in options:
-        if option not in known and not free:
-            if not known:
-                raise UsageError(f"expected no options for {name}, got {option}: leave it out")
-            raise unknown(f"option of {name}", option, known)
+    check_options(name, block, options)
     return block(channels, **options)
 
 
