@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_attn.capture import AttentionCapture, uncompiled
 from vision_attn.errors import AttentionNotFoundError, UsageError
+from vision_attn.layout import KeyPositions
+from vision_attn.reporting import ReportAttention, ReportGate
 
 
 def tiny_vit(**options):
@@ -1050,3 +1052,272 @@ def test_lucidrains_own_models(module, options, kinds):
     assert {record.num_heads for record in capture.records} == {3}
     for record in capture.records:
         torch.testing.assert_close(record.weights.sum(-1), torch.ones(record.weights.shape[:3]))
+
+
+# ------------------------------------------------------------------------------------------------ what blocks report
+
+
+class Signed(nn.Module):
+    """Gates with a convolution alone, which nobody could find."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+        self.report = ReportGate()
+
+    def forward(self, x):
+        return x * self.report(self.conv(x), x)
+
+
+class TwoGates(nn.Module):
+    """By channel and then by place; the channel gate is made in a child and multiplied here."""
+
+    def __init__(self):
+        super().__init__()
+        self.make = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Sigmoid())
+        self.squeeze = nn.Conv2d(6, 1, 1)
+        self.report_channel, self.report_spatial = ReportGate(), ReportGate()
+
+    def forward(self, x):
+        x = x * self.report_channel(self.make(x), features=x)
+        return x * self.report_spatial(torch.sigmoid(self.squeeze(x)), x)
+
+
+class Lens(nn.Module):
+    """Reports the gate and leaves it to the one around to multiply."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 1, 1)
+        self.report = ReportGate()
+
+    def forward(self, x):
+        return self.report(torch.sigmoid(self.conv(x)), x)
+
+
+class Inner(Signed):
+    """Squashes and multiplies on the way to its gate."""
+
+    def forward(self, x):
+        return x * self.report(self.conv(x) * torch.sigmoid(x.mean(1, keepdim=True)), x)
+
+
+class Around(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 6, 1), block
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.block(x)
+        return x * y if isinstance(self.block, Lens) else y
+
+
+REPORTED = {
+    "signed": (Signed, ["block"], [(2, 6, 4, 5)]),
+    "two": (TwoGates, ["block.report_channel", "block.report_spatial"], [(2, 6, 1, 1), (2, 1, 4, 5)]),
+    "inner gate": (Inner, ["block"], [(2, 6, 4, 5)]),
+    "multiplied outside": (Lens, ["block"], [(2, 1, 4, 5)]),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", REPORTED)
+def test_reported_gate_is_recorded_once_and_is_upstream_of_the_logits(name, gradients, frozen):
+    block, names, shapes = REPORTED[name]
+    torch.manual_seed(0)
+    model, x = Around(block()).requires_grad_(not frozen), noise(2, 3, 4, 5)
+    plain = model(x).detach()
+    with torch.set_grad_enabled(gradients), AttentionCapture(model, kinds=("gate",)) as capture:
+        output = model(x)
+    assert torch.equal(output, plain)
+    assert [record.name for record in capture.records] == names
+    assert [record.weights.shape for record in capture.records] == shapes
+    last = capture.records[-1]
+    torch.testing.assert_close((last.weights * last.values).detach(), plain)
+    assert (last.kind, last.query_length, last.index, last.positions) == ("gate", 20, len(names) - 1, None)
+    if gradients:
+        (gradient,) = torch.autograd.grad(output.sum(), last.weights)
+        torch.testing.assert_close(gradient, last.values.sum_to_size(shapes[-1]))
+    with AttentionCapture(model) as capture:
+        model(x)
+    with pytest.raises(AttentionNotFoundError, match="expected attention in Around, got none"):
+        _ = capture.records
+
+
+def test_reported_gates_are_chosen_by_the_name_of_their_block_or_child():
+    model, x = Around(TwoGates()), noise(2, 3, 4, 5)
+    for layers, names in (
+        (["block"], ["block.report_channel", "block.report_spatial"]),
+        (["block.report_spatial"], ["block.report_spatial"]),
+        ([0], ["block.report_channel"]),
+    ):
+        with AttentionCapture(model, kinds=("gate",), layers=layers) as capture:
+            model(x)
+        assert [record.name for record in capture.records] == names
+    with AttentionCapture(Signed(), kinds=("gate",)) as capture:
+        capture.model(noise(1, 6, 3, 3))
+    assert capture.records[0].name == ""
+
+
+def test_reported_gate_is_given_to_a_callable_with_its_features():
+    model, x = Around(Signed()), noise(2, 3, 4, 5)
+    with torch.no_grad(), AttentionCapture(model, kinds=("gate",), keep=lambda r: r.weights * r.values) as capture:
+        output = model(x)
+    assert torch.equal(capture.records[0].reduced, output)
+
+
+class Context(nn.Module):
+    """Pools places with a softmax; says where they lie if it is told to."""
+
+    def __init__(self, *, gated):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 2, 1)
+        if gated:
+            self.report = ReportGate()
+
+    def forward(self, x):
+        weights = self.conv(x).flatten(2).softmax(-1)
+        descriptors = weights @ x.flatten(2).transpose(1, 2)
+        if hasattr(self, "report"):
+            return x * self.report(descriptors.mean(1).sigmoid()[..., None, None], x)
+        return x + descriptors.mean(1)[..., None, None]
+
+
+class PlacedContext(Context):
+    def key_positions(self, height, width):
+        return KeyPositions((height, width), keys=torch.arange(height * width)[None])
+
+
+class Gathered(PlacedContext):
+    """Gathers places into two descriptors, and lets each place choose among these: keys that lie nowhere."""
+
+    def forward(self, x):
+        scores = self.conv(x).flatten(2)
+        descriptors = scores.softmax(-1) @ x.flatten(2).transpose(1, 2)
+        return (scores.transpose(1, 2).softmax(-1) @ descriptors).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def test_a_softmax_on_the_way_to_a_gate_is_attention_only_where_its_block_says_where():
+    x = noise(2, 3, 4, 5)
+    kinds = ("gate", "self", "cross", "window", "channel")
+    expected = {
+        Context(gated=True): [("gate", None)],
+        Context(gated=False): [("cross", None)],
+        PlacedContext(gated=False): [("cross", (4, 5))],
+        PlacedContext(gated=True): [("cross", (4, 5)), ("gate", None)],
+        Gathered(gated=False): [("cross", (4, 5)), ("cross", None)],
+    }
+    for block, seen in expected.items():
+        with torch.no_grad(), AttentionCapture(Around(block), kinds=kinds) as capture:
+            capture.model(x)
+        found = [(record.kind, record.positions and record.positions.grid) for record in capture.records]
+        assert found == seen
+
+
+class Rows(nn.Module):
+    """Attention within rows, in a child that knows nothing of places, and scores shared by two products."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.permute(0, 2, 3, 1).flatten(0, 1)
+        tokens, _ = self.mix(tokens, tokens, tokens, need_weights=False)
+        return tokens.unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
+
+    def key_positions(self, height, width):
+        rows = torch.arange(height * width).view(height, width)
+        return KeyPositions((height, width), keys=rows, queries=rows)
+
+
+@pytest.mark.parametrize("keep", ["weights", "queries_keys"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_attention_in_a_child_has_the_places_that_its_block_states(keep, gradients):
+    model = Around(Rows()).eval()
+    with torch.set_grad_enabled(gradients), AttentionCapture(model, keep=keep) as capture:
+        model(noise(2, 3, 4, 5))
+    (record,) = capture.records
+    assert (record.name, record.kind, record.batch_size) == ("block.mix", "window", 8)
+    assert torch.equal(record.positions.keys, torch.arange(20).view(4, 5))
+    assert record.without_values().positions is record.positions
+
+
+class Halves(nn.Module):
+    """One softmax, of which two products each take a half: reported as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Conv2d(6, 20, 1)
+        self.report = ReportAttention("self")
+
+    def forward(self, x):
+        values = x.flatten(2).transpose(1, 2)[:, None]
+        weights = self.score(x).flatten(2).transpose(1, 2)[:, None].softmax(-1)
+        weights = self.report(weights, values)
+        mixed = weights[..., :10] @ values[..., :10, :] + weights[..., 10:] @ values[..., 10:, :]
+        return mixed[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def key_positions(self, height, width):
+        places = torch.arange(height * width)
+        return KeyPositions((height, width), keys=places[None], queries=places[None])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_reported_attention_is_recorded_once_and_is_upstream_of_the_logits(gradients, frozen):
+    torch.manual_seed(0)
+    model, x = Around(Halves()).requires_grad_(not frozen), noise(2, 3, 4, 5)
+    plain = model(x).detach()
+    with torch.set_grad_enabled(gradients), AttentionCapture(model) as capture:
+        output = model(x)
+    assert torch.equal(output, plain)
+    (record,) = capture.records
+    assert (record.name, record.kind, record.weights.shape) == ("block", "self", (2, 1, 20, 20))
+    mixed = (record.applied @ record.values)[:, 0].transpose(1, 2).unflatten(2, (4, 5))
+    torch.testing.assert_close(mixed.detach(), plain)
+    assert record.positions.grid == (4, 5)
+    if gradients:
+        (gradient,) = torch.autograd.grad(output.sum(), record.weights)
+        torch.testing.assert_close(gradient, record.values.sum(-1)[:, :, None].expand(-1, -1, 20, -1))
+
+
+class Aside(Halves):
+    """Reports a copy, and goes on with the softmax itself."""
+
+    def forward(self, x):
+        values = x.flatten(2).transpose(1, 2)
+        weights = self.score(x).flatten(2).transpose(1, 2).softmax(-1)
+        self.report(weights[:, None].clone(), values[:, None])
+        return (weights @ values).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def test_nothing_else_is_looked_for_in_a_module_that_reports_attention():
+    with torch.no_grad(), AttentionCapture(Around(Aside())) as capture:
+        capture.model(noise(2, 3, 4, 5))
+    assert [record.name for record in capture.records] == ["block"]
+
+
+def test_an_exception_in_a_block_that_reports_is_its_own():
+    class Broken(Signed):
+        def forward(self, x):
+            self.report(self.conv(x), x)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"), AttentionCapture(Around(Broken()), kinds=("gate",)) as capture:
+        capture.model(noise(1, 3, 4, 4))
+    assert len(capture.records) == 1
+
+
+def test_checkpointed_block_reports_once():
+    class Checkpointed(Around):
+        def forward(self, x):
+            return checkpoint(self.block, self.stem(x), use_reentrant=False)
+
+    model = Checkpointed(TwoGates())
+    with AttentionCapture(model, kinds=("gate",)) as capture:
+        model(noise(2, 3, 4, 4)).sum().backward()
+    assert [record.name for record in capture.records] == ["block.report_channel", "block.report_spatial"]
+    assert model.stem.weight.grad.any()

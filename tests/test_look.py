@@ -16,9 +16,10 @@ from vision_attn.data.reading import read_image
 from vision_attn.data.transforms import Preprocessing, eval_transforms
 from vision_attn.errors import UsageError
 from vision_attn.export import save_model
+from vision_attn.layers.attach import attach_attention
 from vision_attn.look import describe_methods, explain_photos, find_class, look
 from vision_attn.look.asking import find_photos, find_targets, method_options
-from vision_attn.look.sheets import layer_maps
+from vision_attn.look.sheets import gate_rows, layer_maps
 from vision_attn.models.factory import create_model, load_model
 from vision_attn.viz.overlay import overlay
 from vision_attn.viz.scale import Scale
@@ -639,3 +640,70 @@ def test_without_a_method_any_network_is_explained(artefact, photos, tmp_path):
     network = ("test_resnet", "--pretrained", "false")
     assert main(["explain", *network, str(photos / "tall.png"), "--out", str(tmp_path / "cnn")]) == 0
     assert [row["method"] for row in rows_of(tmp_path / "cnn")] == ["grad_cam"]
+
+
+# ------------------------------------------------------------------------------------------------ gates
+
+
+def gated_network():
+    """A network with a channel gate, both gates of CBAM, and attention on a cross."""
+    torch.manual_seed(0)
+    model = create_model("test_resnet", num_classes=3).eval()
+    for block, where in (("se", "layer1"), ("cbam", "layer2"), ("criss_cross", "layer2")):
+        attach_attention(model, block, where=where, image_size=64)
+    model.classes, model.preprocessing, model.layout = CLASSES, Preprocessing((64, 64)), None
+    return model
+
+
+def test_gates_are_drawn_from_the_command_line_with_a_sheet_of_all_blocks(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vision_attn.models.factory.open_model", lambda *_, **__: gated_network())
+    out, cross_layer = tmp_path / "out", "layer2.0.attached_criss_cross.block"
+    arguments = ("--method", "gates", "--option", "gates.layer=layer2", "--option", "gates.query_patch=3,5")
+    sheet = ("--sheet", "gates", "--sheet-photos", "1", "--query-patch", "3,5")
+    assert command("any", photos, "--out", out, *arguments, *sheet) == 0
+    kept = Explanation.load(out / "gates" / "tall.safetensors")
+    assert (kept.options["query_patch"], kept.options["layer"]) == ((3, 5), cross_layer)
+    cross = torch.zeros(8, 8, dtype=torch.bool)
+    cross[3], cross[:, 5] = True, True
+    assert (kept.maps[0][cross] > 0).all() and (kept.maps[0][~cross] == 0).all()
+    sheets = sorted(str(path.relative_to(out / "sheets")) for path in (out / "sheets").rglob("*.png"))
+    assert sheets == ["gates/sub/wide.png"]
+    before = files_of(out)
+    assert command("any", photos, "--out", out, *arguments) == 0
+    assert files_of(out) == before
+    assert command("any", photos, "--out", tmp_path / "new", "--sheet", "gates", "--query-patch", "9,0") == 2
+    assert "on the 8 x 8 grid, got (9, 0)" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_of_gates_are_what_the_method_shows():
+    model, images = gated_network(), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for patch in (None, (3, 5)):
+        rows = gate_rows(model, images, query_patch=patch)
+        assert [row.what for row in rows] == ["channel gate", "channel gate", "spatial gate", "attention", "attention"]
+        assert [row.name for row in rows[-2:]] == [f"layer2.0.attached_criss_cross.block ({n} of 2)" for n in (1, 2)]
+        for number, row in enumerate(rows):
+            asked = {"query_patch": patch} if row.what == "attention" else {}
+            expected = explain(model, images, method="gates", layer=number, **asked)
+            assert torch.equal(row.map, expected.maps[0])
+            assert row.gain == expected.options.get("gain")
+            assert (row.asking is not None) == (row.what == "attention" and patch is not None)
+        assert [len(row.strongest) for row in rows] == [3, 3, 0, 0, 0]
+        assert rows[0].channels.shape == (32,)
+    assert rows[-1].asking.nonzero().tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("sheet", "patch", "message"),
+    [
+        ("gates", (), "expected blocks that gate a feature map in ResNet, got none"),
+        ("methods", ("--query-patch", "1,1"), "expected the sheet 'patch' or 'gates' for query_patch"),
+        ("gate", (), "expected a known sheet, got 'gate': did you mean 'gates'"),
+    ],
+)
+def test_sheets_of_gates_that_cannot_be_drawn_are_refused_before_anything_is_written(
+    cnn, photos, tmp_path, capsys, sheet, patch, message
+):
+    assert command(cnn, photos, "--out", tmp_path / "out", "--sheet", sheet, *patch) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -17,12 +18,14 @@ from vision_attn.viz.plots import (
     Panel,
     SheetItem,
     _curves,
+    bars_picture,
+    channel_bars,
     confusion_matrix,
     contact_sheet,
     learning_curves,
     picture_grid,
 )
-from vision_attn.viz.sheets import SheetRow, heads_sheet, methods_sheet, patch_sheet
+from vision_attn.viz.sheets import GateRow, SheetRow, gates_sheet, heads_sheet, methods_sheet, patch_sheet
 
 CSV = """epoch,lr-AdamW,step,train/loss,val/loss,val/top1
 ,0.001,0,,,
@@ -162,6 +165,82 @@ def test_a_sheet_of_a_patch_marks_it_at_its_place(tmp_path):
     assert {"patch 1, 5", "layer 0", "layer 1", "layer 2"} <= set(words)
 
 
+# ------------------------------------------------------------------------------------------------ gates
+
+
+BLUE, VERMILION = (0, 114, 178), (213, 94, 0)
+
+
+def coloured(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return (picture == colour).all(axis=2)
+
+
+def test_bars_are_as_high_as_gates_and_hang_where_they_are_negative(tmp_path):
+    picture = pixels(channel_bars(tmp_path / "bars.png", torch.tensor([0.5, 1.0, -0.5, 0.25])))
+    up, down = coloured(picture, BLUE), coloured(picture, VERMILION)
+    heights = [np.count_nonzero(column) for column in up.T if column.any()]
+    runs = [heights[0]] + [b for a, b in pairwise(heights) if abs(b - a) > 3]
+    np.testing.assert_allclose(np.array(runs) / max(runs), [0.5, 1.0, 0.25], atol=0.03)
+    assert np.nonzero(down.any(1))[0].min() >= np.nonzero(up.any(1))[0].max()  # below the zero line
+    assert abs(np.count_nonzero(down, axis=0).max() / max(runs) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("count", [1, 600])
+def test_gates_of_any_number_of_channels_are_drawn_with_their_range_and_strongest(tmp_path, count):
+    gates = torch.rand(2, count, generator=torch.Generator().manual_seed(0))
+    path = channel_bars(tmp_path / "bars.svg", gates, labels=["a.jpg", "b$.jpg"], title="layer4.1.se")
+    text = text_of(path)
+    for name, gate in (("a.jpg", gates[0]), (r"b$.jpg", gates[1])):
+        shown = f"{name}: {count} channels ({gate.min():.3g} to {gate.max():.3g}, mean {gate.mean():.3g})"
+        assert shown in text.replace("\\$", "$")
+    assert {"layer4.1.se", "channel", "gate (factor)"} <= set(text.splitlines())
+    assert str(int(gates[0].argmax())) in text.splitlines()
+
+
+def test_the_strongest_channels_stand_in_order_with_their_numbers(tmp_path):
+    gates = torch.tensor([0.1, -0.9, 0.3, 0.8, 0.0])
+    lines = text_of(channel_bars(tmp_path / "bars.svg", gates, strongest=3)).splitlines()
+    assert [line for line in lines if line in "01234"][:3] == ["1", "3", "2"]
+    assert "the strongest 3 of 5 channels (-0.9 to 0.8, mean 0.06)" in lines
+
+
+def test_thin_bars_are_joined_by_their_extremes():
+    gate = np.zeros(3000, dtype=np.float32)
+    gate[1234] = 1.0
+    gate[2345] = -1.0
+    picture = bars_picture(gate, width=300, height=100)
+    assert picture.shape == (100, 300, 3)
+    for colour in (BLUE, VERMILION):
+        columns = np.flatnonzero(coloured(picture, colour).any(axis=0))
+        assert 1 <= len(columns) <= 3
+
+
+def test_a_sheet_of_gates_has_a_row_for_each_block_and_bars_beside_channel_gates(tmp_path):
+    image = item(60, 90).image
+    geometry = Geometry.identity((60, 90)).crop(0, 15, (60, 60)).resize((32, 32))
+    asking = torch.zeros(4, 4, dtype=torch.bool)
+    asking[1, 2] = True
+    rows = [
+        GateRow("layer1.se", "channel gate", torch.rand(4, 4), torch.rand(8), [(3, 0.75, torch.rand(4, 4))], gain=0.0),
+        GateRow("layer2.sk", "gate among paths", torch.rand(4, 4), torch.rand(2, 8)),
+        GateRow("layer3.cross", "attention", torch.rand(4, 4), asking=asking, gain=0.25),
+    ]
+    path = gates_sheet(tmp_path / "gates.svg", image, rows, geometry=geometry, title="photo.jpg")
+    text = text_of(path)
+    for words in ("layer1.se", "channel gate", "gate of each channel", "channel 3", "gate 0.75", "gain 0: no effect"):
+        assert words in text
+    assert "layer3.cross" in text and "gain 0.25" in text and "hatched" not in text
+    sheet = pixels(gates_sheet(tmp_path / "gates.png", image, rows, geometry=geometry))
+    assert coloured(sheet, BLUE).any()
+    # What the crop cut off is not on the sheet.
+    seen = np.ascontiguousarray(image[:, 15:75]).repeat(3, axis=0).repeat(3, axis=1)
+    assert find(sheet, seen) is not None
+    marked = draw_map(image, rows[2].map, geometry=geometry, interpolation="nearest").picture
+    mask = geometry.to_original(asking, mode="nearest")[0].numpy()
+    marked = np.ascontiguousarray(outline(marked, mask)[:, 15:75]).repeat(3, axis=0).repeat(3, axis=1)
+    assert find(sheet, marked) is not None
+
+
 def test_curves_are_placed_by_epoch(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(CSV)
@@ -234,6 +313,11 @@ def test_figures_touch_neither_pyplot_nor_a_display(tmp_path):
         (lambda path: heads_sheet(path / "a.png", item().image, []), "at least one layer"),
         (lambda path: heads_sheet(path / "a.png", item().image, [("a", torch.rand(4, 4))]), "keep the heads"),
         (lambda path: patch_sheet(path / "a.png", item().image, [("a", torch.rand(4, 4))], (4, 0)), "rows count from"),
+        (lambda path: gates_sheet(path / "a.png", item().image, []), "at least one block"),
+        (lambda path: channel_bars(path / "a.png", torch.rand(2, 4, 1, 1)), "drop H and W"),
+        (lambda path: channel_bars(path / "a.png", torch.tensor([1.0, torch.nan])), "expected finite values"),
+        (lambda path: channel_bars(path / "a.png", torch.rand(4), labels=["a", "b"]), "expected 1 labels"),
+        (lambda path: channel_bars(path / "a.png", torch.rand(4), strongest=0), "at least 1 channel"),
         (lambda path: learning_curves(path / "a.png", path / "none.csv"), "No such file"),
         (lambda path: learning_curves(path / "a.png", [{"epoch": 0, "what": 3}]), "got epoch, what"),
         (lambda path: confusion_matrix(path / "a.png", np.eye(3), ["a", "b"]), r"expected \(2, 2\) counts"),

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import timm
@@ -310,3 +311,46 @@ def test_keys_of_several_windows_receive_the_sum():
     torch.testing.assert_close(unwindow(WEIGHTS, positions), torch.tensor([[[2.2, 1.8]]]) / 4)
     with pytest.raises(UsageError, match="in which it is known where queries lie"):
         unwindow(WEIGHTS, positions, (0, 0))
+
+
+def test_keys_of_each_query_are_put_back_one_by_one():
+    # Two windows of two queries on a 2 x 3 grid, each query with three keys of its own, some of them padding.
+    keys = torch.tensor([[[0, 1, -1], [1, 1, 2]], [[3, 4, 5], [5, 0, -1]]])
+    queries = torch.tensor([[0, 1], [3, -1]])
+    positions = KeyPositions((2, 3), keys, queries)
+    weights = noise(6, 2, 3).softmax(-1)  # three images
+    parts = weights.unflatten(0, (3, 2))
+    for patch, asking in ((None, [(0, 0), (0, 1), (1, 0)]), ((0, 1), [(0, 1)]), ((1, 2), [])):
+        expected = torch.zeros(3, 6)
+        for window, query in asking:
+            for key, place in enumerate(keys[window, query].tolist()):
+                if place >= 0:
+                    expected[:, place] += parts[:, window, query, key] / len(asking)
+        torch.testing.assert_close(unwindow(weights, positions, patch), expected.unflatten(1, (2, 3)))
+
+
+class Stated(nn.Module):
+    """A block of attention that says where its queries and keys lie: turned by half."""
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)[:, None].flip(2)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens).flip(2)
+        return mixed[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def key_positions(self, height, width):
+        places = torch.arange(height * width).flip(0)[None]
+        return KeyPositions((height, width), places, places)
+
+
+def test_places_that_a_block_states_are_taken_without_running_the_model():
+    model, images = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Stated()), noise(1, 3, 16, 24)
+    (record,) = records_of(model, images)
+    runs = []
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
+    found = find_positions(model, images, record)
+    handle.remove()
+    assert found is record.positions
+    assert not runs
+    # The search finds the same places where nothing is stated.
+    searched = find_positions(model, images, replace(record, positions=None))
+    assert torch.equal(searched.keys, found.keys) and torch.equal(searched.queries, found.queries)

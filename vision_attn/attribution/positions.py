@@ -6,7 +6,8 @@ map that still has one entry for each image, and its derivative by that map says
 vector a over the channels at every place, and tangents that are a times the row and a times the column, the quotients
 of the derivatives are the row and the column, in every channel the same. Where a value comes from several places the
 channels disagree, so that a wrong answer does not pass for a right one; where it comes from none, it is padding, or a
-token that is no part of the image.
+token that is no part of the image. Blocks that say themselves where their keys lie (`vision_attn.reporting`) are taken
+at their word.
 
 Attention mixes places: for the derivative, products of two activations are cut, and residual streams remain.
 
@@ -30,6 +31,7 @@ from vision_attn.capture import AttentionCapture, AttentionInputs, AttentionReco
 from vision_attn.capture.products import MATMULS
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.layout import KeyPositions
+from vision_attn.reporting import ReportGate
 
 Grid = tuple[int, int]
 
@@ -67,6 +69,8 @@ def find_positions(model: nn.Module, images: Tensor, record: AttentionRecord) ->
             f"expected attention between places, got attention between channels in {record.name!r}: choose another "
             f"layer, or use {' or '.join(working_methods('nothing'))}"
         )
+    if record.positions is not None:
+        return record.positions
     known = _KNOWN.setdefault(model, OrderedDict())
     windows = record.batch_size // len(images)
     key = (tuple(images.shape[1:]), record.index, record.name, windows, record.query_length, record.key_length)
@@ -112,8 +116,8 @@ def unwindow(weights: Tensor, positions: KeyPositions, query_patch: tuple[int, i
         UsageError: the patch is not on the grid, or the places of queries are not known.
     """
     share = query_shares(positions, weights.shape[-2], query_patch).to(weights)
-    received = (share[..., None] * weights.unflatten(0, (-1, len(share)))).sum(-2)
-    return scatter(received, positions)
+    received = share[..., None] * weights.unflatten(0, (-1, len(share)))
+    return scatter(received if places_of_keys(positions).dim() == 3 else received.sum(-2), positions)
 
 
 def query_shares(positions: KeyPositions, num_queries: int, query_patch: tuple[int, int] | None = None) -> Tensor:
@@ -124,7 +128,7 @@ def query_shares(positions: KeyPositions, num_queries: int, query_patch: tuple[i
     """
     queries = positions.queries
     if query_patch is None:
-        known = torch.ones(len(positions.keys), num_queries) if queries is None else queries >= 0
+        known = torch.ones(len(places_of_keys(positions)), num_queries) if queries is None else queries >= 0
         return known.double() / known.sum()
     if queries is None:
         raise UsageError(
@@ -136,13 +140,50 @@ def query_shares(positions: KeyPositions, num_queries: int, query_patch: tuple[i
 
 
 def scatter(received: Tensor, positions: KeyPositions) -> Tensor:
-    """Returns what keys received, (B, W, K), summed at their places, (B, h, w)."""
+    """Returns what keys received, summed at their places, (B, h, w).
+
+    Args:
+        received: (B, W, K), or (B, W, Q, K) where each query has keys of its own.
+        positions: Of these keys.
+    """
     rows, columns = positions.grid
-    places = positions.keys.to(received.device).flatten()
+    places = places_of_keys(positions).to(received.device).flatten()
     # Padding goes to one place more, which is dropped.
     maps = received.new_zeros(len(received), rows * columns + 1)
     maps.index_add_(1, places.where(places >= 0, places.new_tensor(rows * columns)), received.flatten(1))
     return maps[:, :-1].unflatten(1, positions.grid)
+
+
+def places_of_keys(positions: KeyPositions) -> Tensor:
+    """Returns the keys' places, (W, K) or (W, Q, K); the caller knows that keys are no channels."""
+    assert positions.keys is not None
+    return positions.keys
+
+
+def token_attention(model: nn.Module, records: Sequence[AttentionRecord], method: str) -> list[AttentionRecord]:
+    """Returns the records without those of blocks on the patch grid that let every place keep its own values.
+
+    A block that only gates leaves rows of attention as they are: what a place holds is weighed, not mixed with others.
+    So does attention between channels, and attention on the way to a gate.
+
+    Raises:
+        UsageError: a block mixes places by attention of its own, which is no layer among all tokens.
+    """
+    placed = [record for record in records if record.positions is not None and record.positions.keys is not None]
+    mixing = [record for record in placed if not _makes_a_gate(model, record.name)]
+    if mixing:
+        raise UsageError(
+            f"expected attention between all tokens for {method}, got a block that attends on a feature map in "
+            f"{mixing[0].name!r}: detach it, or use {' or '.join(working_methods('attention', 'gates', 'nothing'))}"
+        )
+    return [record for record in records if record.positions is None]
+
+
+def _makes_a_gate(model: nn.Module, name: str) -> bool:
+    """Whether attention of this name is on the way to a gate that the module, or one around it, reports."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:length])) for length in range(len(parts) + 1))
+    return any(isinstance(child, ReportGate) for module in around for child in module.children())
 
 
 class _Search:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.attribution.base import METHODS, captured, working_methods
-from vision_attn.attribution.positions import find_positions, query_shares, scatter
+from vision_attn.attribution.merged import gathered, num_tokens, spread
+from vision_attn.attribution.positions import find_positions, places_of_keys, query_shares, scatter, unwindow
 from vision_attn.attribution.rollout import HeadFusion, check_fusion, fuse_heads, is_class_attention, pooling_row
 from vision_attn.attribution.tokens import find_layout, is_known, query_row
 from vision_attn.capture import AttentionRecord
 from vision_attn.errors import UsageError
-from vision_attn.layout import TokenLayout
+from vision_attn.layout import KeyPositions, TokenLayout
 from vision_attn.registry import unknown
 
 # Attention weights in memory at a time.
@@ -32,9 +33,9 @@ def raw(
 ) -> Tensor:
     """Returns what the image's answer (or one patch) attends to in one layer, (B, h, w).
 
-    In models of windows and stages, and where the layout is not known, the map lies on the layer's own grid and shows
-    the attention that each place receives: the mean over all queries, each in its window; what goes to padding and to
-    other tokens than places is not shown. See `find_positions`.
+    In models of windows and stages, in attention blocks, and where the layout is not known, the map lies on the layer's
+    own grid and shows the attention that each place receives: the mean over all queries, each in its window; what goes
+    to padding and to other tokens than places is not shown. See `find_positions`.
 
     Args:
         model: A model with attention between places.
@@ -61,14 +62,16 @@ def raw(
         raise UsageError(f"expected a head from 0 to {record.num_heads - 1} in {record.name!r}, got {head}: choose one")
     if layout is None and is_known(model):
         layout = find_layout(model, images)
-    if layout is None or record.kind == "window":
+    if layout is None or record.kind == "window" or record.positions is not None or _has_own_keys(record, layout):
         positions = find_positions(model, images, record)
-        shares = query_shares(positions, record.query_length, query_patch)
-        return scatter(_received(record, shares, head_fusion, head).unflatten(0, (len(images), -1)), positions)
+        return placed_attention(record, positions, head_fusion=head_fusion, head=head, query_patch=query_patch)
     if record.kind != "cross":
         row = query_row(layout, torch.empty(0, dtype=torch.float64, device=images.device), query_patch=query_patch)
-        layout.patches(row.new_empty(record.key_length))  # the layout fits this layer, or an error says so
-        return layout.patches(_received(record, row[None], head_fusion, head))
+        layout.patches(row.new_empty(num_tokens(record)))  # the layout fits this layer, or an error says so
+        if record.merged is None:
+            return layout.patches(_received(record, row[None], head_fusion, head))
+        shares = gathered(row.expand(len(images), -1), record.merged, record.key_length)
+        return layout.patches(spread(_received(record, shares, head_fusion, head), record.merged))
     if query_patch is not None:
         raise UsageError(
             f"expected a layer of self-attention for query_patch, got {record.name!r}, in which no patch asks: "
@@ -78,6 +81,43 @@ def raw(
         # Class attention: the class token, which joins late, attends to itself and to the patches.
         return fuse_heads(record.weights, head_fusion, head=head)[:, 0, 1:].unflatten(-1, layout.grid)
     return layout.patches(pooling_row([record], layout, head_fusion, head=head))
+
+
+def _has_own_keys(record: AttentionRecord, layout: TokenLayout) -> bool:
+    """Whether many queries attend to keys that are none of the layout's tokens: pooled to fewer, or latents."""
+    lengths = (layout.num_tokens, layout.num_patches)
+    return record.kind == "cross" and record.query_length > 1 and record.key_length not in lengths
+
+
+def placed_attention(
+    record: AttentionRecord,
+    positions: KeyPositions,
+    *,
+    head_fusion: HeadFusion = "mean",
+    head: int | None = None,
+    query_patch: tuple[int, int] | None = None,
+    descriptor: int | None = None,
+) -> Tensor:
+    """Returns the attention that each place receives, (B, h, w): the mean over all queries, or the row of one.
+
+    Args:
+        record: Attention between places, or of queries that are no places to places.
+        positions: Where they lie.
+        head_fusion: As in `raw`.
+        head: As in `raw`.
+        query_patch: As in `raw`.
+        descriptor: One query by its number, where queries are no places.
+
+    Raises:
+        UsageError: the patch is not on the grid, or the places of queries are not known.
+    """
+    if places_of_keys(positions).dim() == 3:
+        return unwindow(fuse_heads(record.weights, head_fusion, head=head), positions, query_patch)
+    shares = query_shares(positions, record.query_length, query_patch)
+    if descriptor is not None:
+        shares = torch.zeros_like(shares).index_fill_(1, torch.tensor([descriptor]), 1.0 / len(shares))
+    received = _received(record, shares, head_fusion, head)
+    return scatter(received.unflatten(0, (-1, len(shares))), positions)
 
 
 def _received(record: AttentionRecord, shares: Tensor, head_fusion: HeadFusion, head: int | None) -> Tensor:

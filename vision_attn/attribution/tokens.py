@@ -63,9 +63,12 @@ def is_known(model: nn.Module) -> bool:
 
 
 def attends_globally(model: nn.Module) -> bool:
-    """Whether the model is known, and its layers attend between places (in XCiT they attend between channels)."""
+    """Whether the model is known, and its layers attend between all places.
+
+    In XCiT they attend between channels; an encoder whose layers can be of several kinds says it (`attends_globally`).
+    """
     known = find_known(model)
-    return known is not None and known[1].name != "Xcit"
+    return known is not None and known[1].name != "Xcit" and getattr(known[0], "attends_globally", True)
 
 
 def query_row(layout: TokenLayout, like: Tensor, *, query_patch: tuple[int, int] | None = None) -> Tensor:

@@ -6,11 +6,12 @@ whatever it is called, so the model stays as it is, fused kernels and logits inc
 
 Where it stands: below `attribution`. It knows torch and nothing of models, layouts or images. Around it: `sdpa` (calls
 that compute attention whole), `traces` and `products` (a softmax, and what it is multiplied with), `gates`, `axes`
-(heads and windows), `records` (what is kept).
+(heads and windows), `records` (what is kept). Blocks that report (`vision_attn.reporting`) are taken at their word:
+what they hand on is recorded, and nothing else is looked for in the module that reports.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -29,9 +30,13 @@ from vision_attn.capture.products import MATMULS, Product, factors, find_product
 from vision_attn.capture.records import AttentionInputs, AttentionRecord, Keep, Kind
 from vision_attn.capture.sdpa import BODIES, SdpaCall, native_output, runs_native
 from vision_attn.errors import AttentionNotFoundError
+from vision_attn.layout import KeyPositions
 from vision_attn.registry import unknown
+from vision_attn.reporting import HasKeyPositions, ReportAttention, ReportGate, ReportMerge
 
 DEFAULT_KINDS: tuple[Kind, ...] = ("self", "cross", "window", "channel")
+# The child of a block that is called so stands for the block, whose name its record then has.
+_ONLY_REPORT = "report"
 
 
 class _Frame(NamedTuple):
@@ -56,6 +61,10 @@ class AttentionCapture:
     by what was recorded, also where the model is frozen; the logits then agree to rounding (1e-5). Where the model
     uses gradient checkpointing, take the gradients inside the block: the model runs again for them.
 
+    What blocks report is recorded as they hand it on, under the block's name where its child is called `report`
+    ("layer1.0.se"), and else under the child's own ("layer1.0.cbam.report_channel"), so that several gates of one block
+    are told apart. With gradients and keep="weights" the recorded gate, or attention, is upstream of the logits.
+
     Args:
         model: Any module.
         keep: "weights" forms and keeps (B, h, Q, K) for every layer: quadratic in the tokens. "queries_keys" keeps
@@ -65,7 +74,7 @@ class AttentionCapture:
             calls `record.attend`, the model goes on with weights times values, equal to its kernel's to rounding.
         layers: Which attention to keep: places in the running order (from 0) or module names; a name stands for all
             below it ("blocks.3" for "blocks.3.attn"). None keeps all.
-        kinds: Which kinds to keep, see `AttentionRecord`. Gates are looked for only where they are named.
+        kinds: Which kinds to keep, see `AttentionRecord`. Gates are looked for, and counted, only where they are named.
         detach: Whether queries, keys and values are kept without their autograd history. Weights that are kept under
             keep="weights" have theirs.
 
@@ -99,6 +108,9 @@ class AttentionCapture:
                 "expected a model that runs call by call, got a compiled one: capture its original, model._orig_mod"
             )
         self._names = {module: name for name, module in model.named_modules()}
+        self._gate_reporters = _parents_of(ReportGate, self._names)
+        self._attention_reporters = _parents_of(ReportAttention, self._names)
+        self._placed = {module: module for module in self._names if isinstance(module, HasKeyPositions)}
         for layer in layers or ():
             if isinstance(layer, str) and layer not in self._names.values():
                 raise unknown("layer", layer, filter(None, self._names.values()))
@@ -113,6 +125,7 @@ class AttentionCapture:
         self._stack: list[_Frame] = []
         self._ran = False
         self._images: int | None = None
+        self._merged: Tensor | None = None  # what the tokens have merged into
         self._thread = threading.get_ident()
         # Multi-head attention of torch that runs: its number of heads, whether its keys are not its queries, and
         # whether it only runs to be recorded.
@@ -140,7 +153,8 @@ class AttentionCapture:
             )
         if self.kinds == ("gate",) and all(kind != "gate" for _, kind in self._seen):
             raise AttentionNotFoundError(
-                f"expected gates in {model}, got none: nothing that was squashed multiplies a feature map in it"
+                f"expected gates in {model}, got none: no block reports one, and nothing that was squashed multiplies "
+                "a feature map in it"
             )
         if self._seen:
             wanted = [] if self.layers is None else [f"in layers {list(self.layers)}"]
@@ -202,41 +216,116 @@ class AttentionCapture:
         frame = _Frame(module, args, kwargs)
         if not self._stack and not _in_backward():
             self._images = _count_images(frame)
+            self._merged = None
         self._ran = True
         self._stack.append(frame)
 
-    def _leave_module(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def _leave_module(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        """Returns what the model goes on with in place of `output`; None leaves it."""
         if not self._is_mine(module):
-            return
+            return None
+        frame: _Frame | None = None
         # An exception can leave modules of the stack without their call of this hook.
-        while self._stack and self._stack.pop().module is not module:
-            pass
+        while self._stack and frame is None:
+            left = self._stack.pop()
+            frame = left if left.module is module else None
+        if frame is None or not isinstance(output, Tensor):
+            return None
+        if isinstance(module, ReportGate):
+            return self._report_gate(module, output, _second(frame, "features"))
+        if isinstance(module, ReportMerge):
+            self._merged = output
+        if isinstance(module, ReportAttention):
+            return self._report_attention(module, output, _second(frame, "values"))
+        return None
+
+    def _report_gate(self, module: ReportGate, gate: Tensor, features: Tensor) -> Tensor:
+        """Returns the gate that a block reported, and that it goes on with; records it."""
+        for known in (self._gates, self._traces):
+            known.pop(gate, None)
+        name = self._reported_name(module)
+        if "gate" not in self.kinds or not self._is_chosen("gate", name):
+            return gate
+        with torch._C.DisableTorchFunction():
+            graded = self.keep == "weights" and torch.is_grad_enabled()
+            recorded = _differentiable(gate) if graded else gate.detach() if self.detach else gate
+            self._record("gate", recorded, features)
+        return gate
+
+    def _report_attention(self, module: ReportAttention, weights: Tensor, values: Tensor) -> Tensor:
+        """Returns the attention weights that a block reported, and that it goes on with; records them."""
+        self._traces.pop(weights, None)
+        name = self._reported_name(module)
+        if self._is_chosen(module.kind, name):
+            with torch._C.DisableTorchFunction():
+                graded = self.keep == "weights" and torch.is_grad_enabled()
+                recorded = _differentiable(weights) if graded else weights.detach() if self.detach else weights
+                self._record(module.kind, recorded, values, positions=self._positions(weights.shape[-2:], values))
+        return weights
+
+    def _reported_name(self, module: nn.Module) -> str:
+        """Returns the name of a record that this module hands on: that of its block, if it is all that it reports."""
+        parent, _, child = self._names[module].rpartition(".")
+        return parent if child == _ONLY_REPORT else self._names[module]
+
+    def _tells_its_attention(self) -> bool:
+        """Whether the attention in the running module is its own to report.
+
+        It is where it reports attention, and where it is a block on maps that reports gates and says of no attention
+        where it lies: what it softmaxes is on the way to a gate.
+        """
+        module = self._stack[-1].module
+        if module in self._attention_reporters:
+            return True
+        if module not in self._gate_reporters or module in self._placed:
+            return False
+        shape = _shape(self._stack[-1])
+        return shape is not None and len(shape) == 4
+
+    def _positions(self, lengths: Sequence[int], values: Tensor) -> KeyPositions | None:
+        """Returns where queries and keys lie on a block's map, if one around the running module says it.
+
+        Args:
+            lengths: How many queries and keys there are.
+            values: (B, h, N, d).
+        """
+        for frame in reversed(self._stack):
+            if frame.module not in self._placed:
+                continue
+            shape = _shape(frame)
+            if shape is not None and len(shape) == 4:
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    positions = self._placed[frame.module].key_positions(*shape[-2:])
+                # A block may compute other attention beside: between places and descriptors, say.
+                return positions if _fit(positions, lengths, values) else None
+        return None
 
     def _attend(self, kernel: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Returns what `kernel`, called with these arguments, returns; records what it attended to."""
-        if not self._stack:
+        if not self._stack or self._tells_its_attention():
             return kernel(*args, **kwargs)
         call = SdpaCall(*args, **kwargs)
         lengths = (call.query.shape[-2], call.key.shape[-2])
         heads, crossing, only_record = self._multi_head or (self._heads(call.query.shape[:-2], lengths), False, False)
         call.arrange(heads, self._images)
         values = call.values()
-        kind = self._kind(values, call.query.shape[-2], crossing=crossing)
+        positions = self._positions(lengths, values)
+        kind = self._kind(values, call.query.shape[-2], positions, crossing=crossing)
         output: Tensor | None = None
         if self._is_chosen(kind):
             inputs = call.inputs()
             if self.keep != "weights":
-                record = self._record(kind, inputs.detach() if self.detach else inputs, values)
+                record = self._record(kind, inputs.detach() if self.detach else inputs, values, positions=positions)
                 formed = None if record is None else record.take_output()
                 output = None if formed is None else call.restored(formed)
             elif not torch.is_grad_enabled():
                 with torch._C.DisableTorchFunction():
                     weights = inputs.rows()
-                self._record(kind, weights, values)
+                self._record(kind, weights, values, positions=positions)
             else:
                 weights = _differentiable(inputs.rows())
                 applied = call.applied(weights)
-                self._record(kind, weights, values, None if applied is weights else applied)
+                self._record(kind, weights, values, None if applied is weights else applied, positions=positions)
                 output = call.output(applied, values)
         if only_record:
             raise _SeenError
@@ -308,7 +397,7 @@ class AttentionCapture:
 
     def _multiply(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Returns the product; records the factor that is softmaxed, and the other one as its values."""
-        if not self._traces.data or not self._stack:
+        if not self._traces.data or not self._stack or self._tells_its_attention():
             return function(*args, **kwargs)
         found = factors(function, args)
         side = None if found is None else next((i for i in (0, 1) if self._is_traced(found[0][i])), None)
@@ -327,7 +416,8 @@ class AttentionCapture:
             heads = self._heads(product.weights.shape[:-2], product.weights.shape[-2:])
         arrangement = find_arrangement(product.values, heads, self._images, merged=self._multi_head is not None)
         arranged = arrangement.arrange(product.values)
-        kind = self._kind(arranged, product.weights.shape[-2], crossing=crossing)
+        positions = self._positions(product.weights.shape[-2:], arranged)
+        kind = self._kind(arranged, product.weights.shape[-2], positions, crossing=crossing)
         multiplied: Tensor | None = None
         if self._is_chosen(kind):
             graded = self.keep == "weights" and torch.is_grad_enabled()
@@ -337,7 +427,7 @@ class AttentionCapture:
             if not trace.pure and not traces.rows_sum_to_one(applied):
                 softmax = self._softmax_behind(attention, trace, product, arrangement)
                 weights = softmax.detach() if self.detach and not graded else softmax
-            self._record(kind, weights, arranged, None if weights is applied else applied)
+            self._record(kind, weights, arranged, None if weights is applied else applied, positions=positions)
             if graded:
                 multiplied = product.restored(arrangement.restore(torch.matmul(applied, arranged)))
         if only_record:
@@ -401,6 +491,8 @@ class AttentionCapture:
         gate, features = args[place], args[1 - place]
         if not isinstance(features, Tensor) or self._is_traced(features):
             return args
+        if self._stack[-1].module in self._gate_reporters:
+            return args  # what it multiplies with, it says itself
         with torch._C.DisableTorchFunction():
             small = gates.find_gate(gate, features, self._gates[gate])
         if small is None or not self._is_chosen("gate"):
@@ -433,10 +525,10 @@ class AttentionCapture:
         """Returns the module that runs and those around it, the innermost first."""
         return [frame.module for frame in self._stack[:-4:-1]]
 
-    def _kind(self, values: Tensor, queries: int, *, crossing: bool) -> Kind:
+    def _kind(self, values: Tensor, queries: int, positions: KeyPositions | None, *, crossing: bool) -> Kind:
         """Returns what kind of attention it is that multiplies values (B, h, K, d) for so many queries."""
         shapes = [shape for frame in self._stack[:-4:-1] if (shape := _shape(frame)) is not None]
-        if is_between_channels(shapes, queries, values):
+        if is_between_channels(shapes, queries, values) if positions is None else positions.keys is None:
             return "channel"
         if self._images and values.shape[0] > self._images and values.shape[0] % self._images == 0:
             return "window"
@@ -445,9 +537,10 @@ class AttentionCapture:
             return "cross"
         return "self"
 
-    def _is_chosen(self, kind: Kind) -> bool:
-        """Whether the attention that the running module now computes is asked for; counts it."""
-        name, index = self._names[self._stack[-1].module], len(self._seen)
+    def _is_chosen(self, kind: Kind, name: str | None = None) -> bool:
+        """Whether attention of this name (else: of the running module) is asked for; counts it."""
+        name = self._names[self._stack[-1].module] if name is None else name
+        index = len(self._seen)
         if _in_backward():  # a checkpointed part runs again: it must compute what it computed
             return name in self._chosen
         self._seen.append((name, kind))
@@ -461,7 +554,13 @@ class AttentionCapture:
         return chosen
 
     def _record(
-        self, kind: Kind, source: Tensor | AttentionInputs, values: Tensor, product: Tensor | None = None
+        self,
+        kind: Kind,
+        source: Tensor | AttentionInputs,
+        values: Tensor,
+        product: Tensor | None = None,
+        *,
+        positions: KeyPositions | None = None,
     ) -> AttentionRecord | None:
         if _in_backward():
             return None
@@ -481,6 +580,8 @@ class AttentionCapture:
             values=values.detach() if self.detach else values,
             source=source,
             product=product,
+            positions=positions,
+            merged=self._merged if kind == "self" else None,
         )
         if callable(self.keep):
             # What a reduction computes is no part of the model, whose autocast would round it.
@@ -548,6 +649,27 @@ def _count_images(frame: _Frame) -> int | None:
     ):
         return None
     return shape[0]
+
+
+def _second(frame: _Frame, name: str) -> Any:
+    """Returns the second argument that a module was called with, by place or by this name."""
+    return frame.args[1] if len(frame.args) > 1 else frame.kwargs[name]
+
+
+def _parents_of(kind: type[nn.Module], modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Returns the modules that have a child of this kind."""
+    return {module for module in modules if any(isinstance(child, kind) for child in module.children())}
+
+
+def _fit(positions: KeyPositions, lengths: Sequence[int], values: Tensor) -> bool:
+    """Whether stated positions can be those of so many queries and keys, with values (B, h, N, d)."""
+    queries, keys = lengths
+    if positions.keys is None:
+        return values.shape[-1] == positions.grid[0] * positions.grid[1]
+    if positions.keys.dim() == 3 and positions.keys.shape[1] != queries:
+        return False
+    known = positions.queries is None or positions.queries.shape[-1] == queries
+    return positions.keys.shape[-1] == keys and known
 
 
 def _is_torch_leaf(module: nn.Module) -> bool:

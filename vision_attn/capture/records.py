@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.errors import UsageError
+from vision_attn.layout import KeyPositions
 
 Keep = Literal["weights", "queries_keys"]
 Kind = Literal["self", "cross", "window", "channel", "gate"]
@@ -92,7 +93,8 @@ class AttentionRecord:
 
     Args:
         index: Its place in the order of all attention that ran in the block, from 0.
-        name: Qualified name of the module that computed it ("blocks.3.attn"), "" for the model itself.
+        name: Qualified name of the module that computed it ("blocks.3.attn"), "" for the model itself. Of what a block
+            reports: the block's ("layer1.0.se"), or the reporting child's where it has several ("cbam.report_channel").
         kind: "self" (queries and keys are the same tokens), "cross" (they are not: a pooling latent, a decoder, keys
             pooled to fewer), "window" (within parts of each image: B is images times windows, image by image),
             "channel" (between channels: Q and K are the channels of a head, d is the tokens) or "gate" (see `weights`).
@@ -105,6 +107,9 @@ class AttentionRecord:
         product: What multiplied the values, where that is not the weights themselves.
         reduced: What `keep` made of the record while the model ran; then weights and values are gone.
         output: weights @ values, once `attend` has formed it.
+        merged: (B, N), of self-attention among tokens that have merged: for each of the N tokens before any merging,
+            the place among these queries and keys of that which it is part of; else None. See `ReportMerge`.
+        positions: Where queries and keys lie on a block's map, where the block says it; see `HasKeyPositions`.
     """
 
     index: int
@@ -118,6 +123,8 @@ class AttentionRecord:
     product: Tensor | None = field(default=None, repr=False)
     reduced: Any = field(default=None, repr=False)
     output: Tensor | None = field(default=None, repr=False)
+    positions: KeyPositions | None = field(default=None, repr=False)
+    merged: Tensor | None = field(default=None, repr=False)
     batch_size: int = field(init=False)  # B: images, or images times windows
 
     def __post_init__(self) -> None:

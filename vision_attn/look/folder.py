@@ -121,9 +121,9 @@ def explain_photos(
         format: Of the overlays.
         raw: Keep the raw maps.
         sheets: Pictures beside: "methods" (photos by methods), "heads" (of each photo, layers by heads), "patch" (of
-            each photo, what one patch attends to in each layer).
+            each photo, what one patch attends to in each layer), "gates" (of each photo, what each block lets through).
         sheet_photos: How many photos, the first ones, are on the sheets.
-        query_patch: (row, column) of the patch for the sheet "patch"; the middle one where left out.
+        query_patch: (row, column) of the patch for the sheet "patch" (the middle one where left out) and "gates".
         batch_size: Photos a forward pass.
         progress: Show a progress bar, on a terminal.
 

@@ -1,6 +1,7 @@
-"""Sheets beside a folder of overlays: photos by methods, and for single photos all heads, or one patch's view."""
+"""Sheets beside a folder of overlays: photos by methods; of single photos all heads, one patch's view, all gates."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.attribution.base import Explanation, captured
+from vision_attn.attribution.gates import GateView, see_gates
 from vision_attn.attribution.positions import find_positions, unwindow
 from vision_attn.attribution.tokens import find_layout, is_known, place_of, query_row
 from vision_attn.capture import AttentionRecord
@@ -16,9 +18,11 @@ from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.layout import TokenLayout
 from vision_attn.registry import unknown
-from vision_attn.viz.sheets import SheetRow, heads_sheet, methods_sheet, patch_sheet
+from vision_attn.viz.sheets import GateRow, SheetRow, gates_sheet, heads_sheet, methods_sheet, patch_sheet
 
-SHEETS = ("methods", "heads", "patch")
+SHEETS = ("methods", "heads", "patch", "gates")
+_ASKED = ("patch", "gates")  # sheets that a patch can be asked for
+_STRONGEST = 3  # channels of a gate whose maps are shown
 
 
 def check_sheets(model: nn.Module, sheets: Sequence[str], query_patch: tuple[int, int] | None, *, raw: bool) -> None:
@@ -28,11 +32,15 @@ def check_sheets(model: nn.Module, sheets: Sequence[str], query_patch: tuple[int
             raise unknown("sheet", sheet, SHEETS)
     if "methods" in sheets and not raw:
         raise UsageError("expected raw maps to be kept for the sheet of methods, got none: leave --no-raw out")
-    if query_patch is not None and "patch" not in sheets:
-        raise UsageError(f"expected the sheet 'patch' for query_patch {query_patch}, got none: ask for it")
+    if query_patch is not None and not set(_ASKED) & set(sheets):
+        raise UsageError(
+            f"expected the sheet 'patch' or 'gates' for query_patch {query_patch}, got neither: ask for one"
+        )
+    preprocessing: Preprocessing = model.preprocessing  # type: ignore[assignment]
+    blank = torch.zeros(1, 3, *preprocessing.image_size)
+    if "gates" in sheets:
+        gate_rows(model, blank, query_patch=query_patch)
     if {"heads", "patch"} & set(sheets):
-        preprocessing: Preprocessing = model.preprocessing  # type: ignore[assignment]
-        blank = torch.zeros(1, 3, *preprocessing.image_size)
         layers = layer_maps(model, blank)
         if "patch" in sheets:
             layer_maps(model, blank, query_patch=query_patch or _middle(layers))
@@ -56,13 +64,14 @@ def write_sheets(
         drawing: How maps are drawn: style, colormap, and scale or (by method) scales.
         out: The folder of the overlays.
         sheets: Of `SHEETS`.
-        query_patch: For "patch"; the middle one where it is None.
+        query_patch: For "patch" (the middle one where it is None) and "gates" (what each place receives where it is
+            None).
     """
     preprocessing: Preprocessing = model.preprocessing  # type: ignore[assignment]
     written = []
     if "methods" in sheets:
         written.append(_methods(photos, targets, drawing, out))
-    for kind in ("heads", "patch"):
+    for kind in ("heads", "patch", "gates"):
         if kind not in sheets:
             continue
         for rows in photos:
@@ -71,6 +80,13 @@ def write_sheets(
             images = preprocessing.normalize(pixels[None])
             name = Path(rows[0]["raw"] or rows[0]["overlay"]).relative_to(rows[0]["method"]).with_suffix(".png")
             title = f"{Path(rows[0]['file']).name}: {_predicted(rows[0])}".removesuffix(": ")
+            if kind == "gates":
+                seen = gate_rows(model, images, query_patch=query_patch)
+                colours = {name: value for name, value in drawing.items() if name in ("style", "colormap")}
+                written.append(
+                    gates_sheet(_place(out, kind, name), image, seen, geometry=geometry, title=title, **colours)
+                )
+                continue
             layers = layer_maps(model, images)
             if kind == "heads":
                 written.append(heads_sheet(_place(out, kind, name), image, layers, geometry=geometry, title=title))
@@ -146,7 +162,10 @@ def layer_maps(
     layers: list[tuple[str, Tensor]] = []
     first: tuple[int, int] | None = None
     for record in captured(model, images):
-        if record.kind == "channel" or (record.kind == "cross" and query_patch is not None and layout is not None):
+        placed = record.positions is not None
+        if record.kind == "channel" or (
+            record.kind == "cross" and query_patch is not None and layout is not None and not placed
+        ):
             continue
         if _is_global(record, layout):
             assert layout is not None
@@ -154,7 +173,7 @@ def layer_maps(
             maps = _global_maps(record, layout, _on_grid(query_patch, first, layout.grid))
         else:
             positions = find_positions(model, images, record)
-            if record.kind == "cross" and query_patch is not None and positions.queries is None:
+            if (record.kind == "cross" or placed) and query_patch is not None and positions.queries is None:
                 continue  # what asks is no patch
             first = first or positions.grid
             patch = _on_grid(query_patch, first, positions.query_grid or positions.grid)
@@ -165,8 +184,84 @@ def layer_maps(
     return layers
 
 
+def gate_rows(model: nn.Module, images: Tensor, *, query_patch: tuple[int, int] | None = None) -> list[GateRow]:
+    """Returns what every block lets through in one image, in the order in which they run.
+
+    Args:
+        model: Any model with blocks that gate, or attend on feature maps and say where.
+        images: (1, 3, H, W), normalised.
+        query_patch: (row, column) of the place whose attention is shown, on the grid of the first block of attention
+            between places. In blocks of another grid the place at its middle asks; of other blocks nothing is asked.
+
+    Raises:
+        AttentionNotFoundError: there is none.
+        UsageError: the patch is not on the grid, or no block has places that ask.
+    """
+    grids: list[tuple[int, int]] = []
+
+    def patch(grid: tuple[int, int] | None) -> tuple[int, int] | None:
+        if grid is None:
+            return None
+        grids.append(grid)
+        return _on_grid(query_patch, grids[0], grid)
+
+    views = see_gates(model, images.to(next(model.parameters())), patch=patch, strongest=_STRONGEST)
+    if query_patch is not None and not grids:
+        raise UsageError(
+            f"expected a block in which places attend to places for query_patch {query_patch}, got none: leave it out"
+        )
+    asked = iter(grids if query_patch is not None else ())
+    views = _told_apart(views)
+    return [
+        _gate_row(view, query_patch, grids, next(asked, None) if view.what == "attention" else None) for view in views
+    ]
+
+
+def _told_apart(views: Sequence[GateView]) -> list[GateView]:
+    """Returns the views with names of their own: a block that attends twice has one name for both."""
+    names = [view.name for view in views]
+    return [
+        replace(view, name=f"{view.name} ({names[:place].count(view.name) + 1} of {names.count(view.name)})")
+        if names.count(view.name) > 1
+        else view
+        for place, view in enumerate(views)
+    ]
+
+
+def _gate_row(
+    view: GateView,
+    query_patch: tuple[int, int] | None,
+    grids: Sequence[tuple[int, int]],
+    grid: tuple[int, int] | None,
+) -> GateRow:
+    """Returns the row of a block, whose queries lie on `grid` where they are asked."""
+    if isinstance(view.maps, UsageError):
+        raise view.maps
+    asking = None
+    if grid is not None and (place := _on_grid(query_patch, grids[0], grid)) is not None:
+        asking = torch.zeros(grid, dtype=torch.bool)
+        asking[place] = True
+    strongest = []
+    if view.strongest is not None and view.channels is not None:
+        numbers, maps = view.strongest
+        strongest = [
+            (int(number), float(view.channels[0, number]), values.float().cpu())
+            for number, values in zip(numbers[0], maps[0], strict=True)
+        ]
+    return GateRow(
+        name=view.name,
+        what=view.what,
+        map=view.maps[0].float().cpu(),
+        channels=None if view.channels is None else view.channels[0].float().cpu(),
+        strongest=strongest,
+        asking=asking,
+        gain=view.gain,
+    )
+
+
 def _is_global(record: AttentionRecord, layout: TokenLayout | None) -> bool:
-    return layout is not None and record.kind in ("self", "cross") and record.key_length == layout.num_tokens
+    among_tokens = layout is not None and record.key_length == layout.num_tokens
+    return among_tokens and record.positions is None and record.kind in ("self", "cross")
 
 
 def _global_maps(record: AttentionRecord, layout: TokenLayout, query_patch: tuple[int, int] | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures about a run: a sheet of overlays, learning curves, a confusion matrix.
+"""Pictures about a run: a sheet of overlays, learning curves, a confusion matrix, the gates of channels.
 
 Drawn with matplotlib's figures as objects: no pyplot, no display, no state that outlives a call. What a picture tells
 by colour it also tells by a shape, a sign or a number.
@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ RIGHT, WRONG = "#0072B2", "#D55E00"  # Okabe and Ito 2008: blue and vermilion di
 TRAIN, VALIDATION = RIGHT, WRONG
 SUFFIXES = (".png", ".svg", ".pdf")
 COUNTS_UP_TO = 30  # classes; a matrix with more of them has its counts left out
+CHANNELS_A_ROW = 512  # so that a channel has two pixels at least
 
 _DPI = 100
 _GAP = 6
@@ -75,6 +77,7 @@ class Panel:
         caption: lines below the picture, the first in bold; each is cut to the width that it has.
         colour: of the caption's first line.
         width: how many columns the caption may run over.
+        span: how many columns the picture takes.
     """
 
     picture: NDArray[np.uint8] | None
@@ -82,6 +85,7 @@ class Panel:
     caption: tuple[str, ...] = ()
     colour: str = "black"
     width: int = 1
+    span: int = 1
 
 
 def contact_sheet(
@@ -179,7 +183,7 @@ def picture_grid(
     Raises:
         UsageError: no panels, an unknown suffix, or a picture that is not (H, W, 3) uint8.
     """
-    columns = max((len(row) for row in rows), default=0)
+    columns = max((sum(panel.span for panel in row) for row in rows), default=0)
     if columns == 0:
         raise UsageError("expected at least one panel for a picture grid, got none: give the pictures to show")
     size = max(11, round(cell / 15))  # of the letters, in pixels
@@ -191,7 +195,10 @@ def picture_grid(
     heights = []  # of the pictures in each row, so that landscape photos leave no empty bands
     fitted = []
     for row in rows:
-        pictures = [None if panel.picture is None else _fit(panel.picture, panel.mask, cell) for panel in row]
+        pictures = [
+            None if panel.picture is None else _fit(panel.picture, panel.mask, (cell, _room(panel.span, cell)))
+            for panel in row
+        ]
         fitted.append(pictures)
         heights.append(max((picture.shape[0] for picture in pictures if picture is not None), default=cell))
     captions = [max((len(panel.caption) for panel in row), default=0) * line for row in rows]
@@ -215,17 +222,19 @@ def picture_grid(
     for index, row in enumerate(rows):
         if index < len(row_titles):
             write(_GAP, y + heights[index] / 2, row_titles[index])
-        for column, panel in enumerate(row):
-            picture = fitted[index][column]
+        column = 0
+        for panel, picture in zip(row, fitted[index], strict=True):
             if picture is not None:
-                down, right = (heights[index] - picture.shape[0]) // 2, (cell - picture.shape[1]) // 2
-                figure.figimage(picture, x[column] + right, height - y - down - picture.shape[0], origin="upper")
-            room = panel.width * (cell + _GAP) - _GAP
+                down, right = heights[index] - picture.shape[0], _room(panel.span, cell) - picture.shape[1]
+                corner = x[column] + right // 2, height - y - down // 2 - picture.shape[0]
+                figure.figimage(picture, *corner, origin="upper")
+            room = _room(max(panel.width, panel.span), cell)
             for number, text in enumerate(panel.caption):
                 bold = number == 0
                 colour, weight = (panel.colour, "bold") if bold else ("#444444", "normal")
                 middle = y + heights[index] + (number + 0.6) * line
                 write(x[column], middle, _cut(text, size, room, bold=bold), color=colour, fontweight=weight)
+            column += panel.span
         y += heights[index] + captions[index] + 3 * _GAP
     if footer is not None:
         figure.figimage(footer, left, height - y - footer.shape[0], origin="upper")
@@ -336,6 +345,85 @@ def confusion_matrix(
     return _save(figure, path)
 
 
+def channel_bars(
+    path: str | os.PathLike[str],
+    gates: Map | Sequence[Sequence[float]],
+    *,
+    labels: Sequence[str] = (),
+    strongest: int | None = None,
+    title: str | None = None,
+) -> Path:
+    """The path of a picture of channel gates: a bar for each channel, or for the strongest, image below image.
+
+    All bars start at zero and have one scale, so that images can be compared; negative gates hang below. The strongest
+    channels have their numbers at their bars. Many channels are broken into rows of `CHANNELS_A_ROW`.
+
+    Args:
+        path: of the new file, .png, .svg or .pdf.
+        gates: (C,) of one image, or (n, C) of several (or of several paths); raw values.
+        labels: n names, of the images.
+        strongest: how many channels are shown, those with the largest absolute gate in any of the images, largest
+            first; None shows all in their order.
+        title: a line above everything.
+
+    Raises:
+        UsageError: the gates are not (C,) or (n, C), or not finite; or there are fewer labels than images, or
+            `strongest` is below 1.
+    """
+    values = _gate_rows(gates)
+    if labels and len(labels) != len(values):
+        raise UsageError(f"expected {len(values)} labels, one for each image, got {len(labels)}: give as many")
+    if strongest is not None and strongest < 1:
+        raise UsageError(f"expected at least 1 channel for strongest, got {strongest}: or None for all")
+    channels = np.arange(values.shape[1])
+    if strongest is not None:
+        channels = np.argsort(-np.abs(values).max(0), kind="stable")[:strongest]
+    parts = [channels[start : start + CHANNELS_A_ROW] for start in range(0, len(channels), CHANNELS_A_ROW)]
+    rows = len(values) * len(parts)
+    size = (9.6, 0.8 + 1.5 * rows + (0.3 if title else 0))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
+    if title:
+        figure.suptitle(_plain(title), fontweight="bold", x=0.01, ha="left")
+    grid = figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0]
+    for number, gate in enumerate(values):
+        for place, part in enumerate(parts):
+            axes = grid[number * len(parts) + place]
+            _draw_gate(axes, gate, part, width=size[0] * _DPI)
+            axes.set_ylim(_limits(values[:, channels]))
+            if place == 0:
+                name = f"{labels[number]}: " if labels else ""
+                shown = f"the strongest {len(channels)} of " if len(channels) < values.shape[1] else ""
+                axes.set_title(_plain(f"{name}{shown}{_range_of(gate)}"), loc="left", fontsize=9)
+    grid[-1].set_xlabel("channel" if strongest is None else "channel, strongest first")
+    figure.supylabel("gate (factor)", fontsize=9)
+    return _save(figure, path)
+
+
+def bars_picture(gate: Map | Sequence[float], *, width: int, height: int) -> NDArray[np.uint8]:
+    """A bar for each channel of one image's gate (or for each path, row below row), (height, width, 3) RGB uint8.
+
+    Args:
+        gate: (C,), or (P, C) among P paths; raw values.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+
+    Raises:
+        UsageError: the gate is not (C,) or (P, C), or not finite.
+    """
+    values = _gate_rows(gate)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    for number, axes in enumerate(figure.subplots(len(values), 1, squeeze=False, sharex=True, sharey=True)[:, 0]):
+        _draw_gate(axes, values[number], np.arange(values.shape[1]), width=width, letters=7)
+        if len(values) > 1:
+            axes.set_ylabel(f"path {number}", fontsize=7)
+    axes.set_ylim(_limits(values))
+    joined = _joined(values.shape[1], width)
+    axes.set_xlabel("channel" if joined == 1 else f"channel (of each {joined} the extremes)", fontsize=7, labelpad=1)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
 # ---------------------------------------------------------------------------------------------- contact sheet
 
 
@@ -371,17 +459,22 @@ def _sheet_legend(drawings: Sequence[DrawnMap], width: int) -> NDArray[np.uint8]
     return legend(first.colours, (low, high), notes, width=width, size=max(11, width // 45), ticks=first.ticks)
 
 
-def _fit(picture: NDArray[np.uint8], mask: Map | None, cell: int) -> NDArray[np.uint8]:
-    """The picture enlarged by a whole number or reduced to fit into a square, with the mask's outline drawn last."""
+def _room(span: int, cell: int) -> int:
+    """The pixels that so many columns are wide."""
+    return span * (cell + _GAP) - _GAP
+
+
+def _fit(picture: NDArray[np.uint8], mask: Map | None, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The picture enlarged by a whole number or reduced to fit into (height, width), the mask's outline drawn last."""
     check_picture(picture)
     height, width = picture.shape[:2]
-    factor = cell / max(height, width)
+    factor = min(size[0] / height, size[1] / width)
     if factor >= 1:
         whole = math.floor(factor)
         picture = picture.repeat(whole, axis=0).repeat(whole, axis=1)
     else:
-        size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+        smaller = (max(1, round(width * factor)), max(1, round(height * factor)))
+        picture = cv2.resize(picture, smaller, interpolation=cv2.INTER_AREA).astype(np.uint8)
     return picture if mask is None else outline(picture, mask)
 
 
@@ -481,6 +574,76 @@ def _draw_rates(axes: Axes, curves: Mapping[str, Curve]) -> None:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(fontsize=8, frameon=False)
+
+
+# ---------------------------------------------------------------------------------------------- gates of channels
+
+
+def _gate_rows(gates: Map | Sequence[Any]) -> NDArray[np.floating]:
+    """Gates as (n, C)."""
+    values = as_array(gates if isinstance(gates, (torch.Tensor, np.ndarray)) else np.asarray(gates))
+    if values.ndim not in (1, 2) or values.size == 0:
+        raise UsageError(f"expected gates (C,) of one image or (n, C) of several, got {values.shape}: drop H and W")
+    return np.atleast_2d(values)
+
+
+def _limits(values: NDArray[np.floating]) -> tuple[float, float]:
+    """The ends of an axis that starts at zero and has room for numbers at the bars."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    room = 0.25 * ((high - low) or 1.0)
+    return low - room if low < 0 else 0.0, high + room if high > 0 or low == 0 else 0.0
+
+
+def _range_of(gate: NDArray[np.floating]) -> str:
+    return f"{len(gate)} channels ({gate.min():.3g} to {gate.max():.3g}, mean {gate.mean():.3g})"
+
+
+def _joined(count: int, width: float) -> int:
+    """How many of so many channels share a bar, which would be thinner than a pixel otherwise."""
+    return math.ceil(count / (0.8 * width))
+
+
+def _draw_gate(
+    axes: Axes, gate: NDArray[np.floating], channels: NDArray[np.int_], *, width: float, letters: float = 8
+) -> None:
+    values = gate[channels]
+    ordered = bool((np.diff(channels) == 1).all())
+    start = int(channels[0]) if ordered else 0
+    joined = _joined(len(values), width)
+    edges = np.minimum(np.arange(0, len(values) + joined, joined), len(values)) + start - 0.5
+    few = len(values) <= width / 8  # then bars have gaps
+    high = np.maximum.reduceat(values.clip(min=0), range(0, len(values), joined))
+    low = np.minimum.reduceat(values.clip(max=0), range(0, len(values), joined))
+    for part, colour in ((high, RIGHT), (low, WRONG)):
+        if few:
+            axes.bar(np.arange(len(values)) + start, part, width=0.8, color=colour, linewidth=0)
+        elif part.any():
+            axes.stairs(part, edges, fill=True, color=colour, linewidth=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlim(edges[0], edges[-1])
+    if ordered:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=max(4, int(width / 90))))
+        _number_strongest(axes, values, start, letters)
+    elif len(values) * 3.2 * letters <= width:
+        axes.set_xticks(range(len(values)), [str(channel) for channel in channels])
+    else:
+        axes.set_xticks([])
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.tick_params(labelsize=letters, length=2, pad=1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _number_strongest(axes: Axes, values: NDArray[np.floating], start: int, letters: float, *, count: int = 5) -> None:
+    """The numbers of the strongest channels, counted from `start`, at the ends of their bars, where they have room."""
+    written: list[int] = []
+    for place in np.argsort(-np.abs(values), kind="stable")[:count]:
+        if all(abs(place - other) > 0.07 * len(values) for other in written):
+            above = values[place] >= 0
+            written.append(int(place))
+            axes.annotate(
+                str(start + place), (start + place, values[place]), xytext=(0, 1 if above else -1),
+                textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=letters - 1,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- text and files

@@ -1,8 +1,8 @@
-"""Sheets that compare maps: photos by methods, layers by heads, what one patch attends to in layer after layer."""
+"""Sheets that compare maps: photos by methods, layers by heads, what one patch sees, what blocks let through."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from vision_attn.errors import UsageError
-from vision_attn.geometry import Geometry
+from vision_attn.geometry import Geometry, Mode
 from vision_attn.viz.colorbar import UNSEEN, legend
 from vision_attn.viz.overlay import DrawnMap, Style, draw_map, outline
-from vision_attn.viz.plots import Panel, picture_grid
+from vision_attn.viz.plots import Panel, bars_picture, picture_grid
 from vision_attn.viz.scale import Map, Scale, ScaleChoice, as_array
 
 
@@ -33,6 +33,29 @@ class SheetRow:
     maps: Sequence[Map | None]
     geometry: Geometry | None = None
     caption: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One block on a sheet of gates.
+
+    Attributes:
+        name: of the block.
+        what: its map is, such as "spatial gate".
+        map: (h, w) raw values.
+        channels: the gate of each channel, (C,), or (P, C) among P paths; None where it differs by place.
+        strongest: channels with the largest gates: number, gate, and what it lets through (h, w).
+        asking: (h, w) true at the place whose attention the map is; None where it is that of all.
+        gain: how much of the block the network lets in; None where it has no such number.
+    """
+
+    name: str
+    what: str
+    map: Map
+    channels: Map | None = None
+    strongest: Sequence[tuple[int, float, Map]] = ()
+    asking: Map | None = None
+    gain: float | None = None
 
 
 def methods_sheet(
@@ -185,6 +208,73 @@ def patch_sheet(
     return picture_grid(
         path,
         [panels[start : start + columns] for start in range(0, len(panels), columns)],
+        title=title,
+        cell=cell,
+        footer=_common_legend(drawings, 2 * cell),
+    )
+
+
+def gates_sheet(
+    path: str | os.PathLike[str],
+    image: NDArray[np.uint8],
+    rows: Sequence[GateRow],
+    *,
+    geometry: Geometry | None = None,
+    title: str | None = None,
+    cell: int = 192,
+    style: Style = "heat",
+    colormap: str | None = None,
+) -> Path:
+    """The path of a sheet with a row for each block: what it lets through on the photo, and the gates of its channels.
+
+    Beside a channel gate's map stand a bar for each channel and what the strongest channels let through. Each map has a
+    scale of its own, and is drawn on the part of the photo that the model saw.
+
+    Args:
+        path: of the new file, .png, .svg or .pdf.
+        image: (H, W, 3) RGB uint8, the original photo; it stands first.
+        rows: the blocks.
+        geometry: as for `overlay`.
+        title: a line above everything.
+        cell: side of the square, in pixels, into which each picture is fitted.
+        style: as for `overlay`.
+        colormap: as for `overlay`.
+
+    Raises:
+        UsageError: no blocks, or what `overlay` refuses.
+    """
+    if not rows:
+        raise UsageError("expected at least one block for a sheet of gates, got none: give what blocks let through")
+    geometry = geometry or Geometry.identity(image.shape[:2])
+    photo = _cropped(image, draw_map(image, np.zeros((1, 1), np.float32), geometry=geometry, style="dim").seen)
+    thickness = max(1, round(max(photo.shape[:2]) / cell))
+    panels = [[Panel(photo)]]
+    drawings: list[DrawnMap] = []
+
+    def panel(values: Map, asking: Map | None, *caption: str) -> Panel:
+        # One place's attention can be a line of cells, which would blur to nothing.
+        cells: Mode = "bilinear" if asking is None else "nearest"
+        drawn = draw_map(image, values, geometry=geometry, style=style, colormap=colormap, interpolation=cells)
+        drawings.append(replace(drawn, seen=np.ones((1, 1), dtype=np.bool_)))
+        picture = drawn.picture
+        if asking is not None:
+            mask = geometry.to_original(torch.as_tensor(as_array(asking) != 0), mode="nearest")[0]
+            picture = _marked(picture, mask.numpy(), thickness)
+        return Panel(_cropped(picture, drawn.seen), caption=(*caption, " to ".join(filter(None, drawn.ends))))
+
+    for row in rows:
+        gain = () if row.gain is None else (f"gain {row.gain:.3g}{': no effect' * (row.gain == 0)}",)
+        panels.append([panel(row.map, row.asking, row.what, *gain)])
+        if row.channels is not None:
+            height = round(cell * photo.shape[0] / max(photo.shape[:2]))
+            bars = bars_picture(row.channels, width=2 * cell, height=max(height, cell // 2))
+            panels[-1].append(Panel(bars, caption=("gate of each channel",), span=2))
+        for channel, gate, values in row.strongest:
+            panels[-1].append(panel(values, None, f"channel {channel}", f"gate {gate:.3g}"))
+    return picture_grid(
+        path,
+        panels,
+        row_titles=["photo", *(row.name or "the model itself" for row in rows)],
         title=title,
         cell=cell,
         footer=_common_legend(drawings, 2 * cell),
