@@ -1,17 +1,26 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vision_attn.attribution.base import default_method, explain
+from vision_attn.capture import AttentionCapture
 from vision_attn.errors import CheckpointMismatchError, UsageError
-from vision_attn.models.vit import ViT, grid_of, sincos2d
+from vision_attn.layers.tokens import list_token_layers
+from vision_attn.models.from_timm import options_of
+from vision_attn.models.vit import ViT, sincos2d
+from vision_attn.models.vit_config import grid_of
+from vision_attn.models.weights import load_into
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -79,7 +88,118 @@ OPTIONS: list[dict[str, object]] = [
     {"pre_norm": True, "pos_embed": "none", "mlp_ratio": 2.5},
     {"final_norm": False, "proj_bias": False, "patch_size": (4, 8), "img_size": (16, 48)},
     {"in_chans": 1, "num_classes": 0},
+    {"scale_attn_norm": True, "scale_mlp_norm": True},
 ]
+
+# Eva's of each published kind, with tiny widths.
+ROTARY = {"use_rot_pos_emb": True, "ref_feat_shape": 3}
+DINOV3: dict[str, object] = {
+    "use_rot_pos_emb": True,
+    "rope_type": "dinov3",
+    "rope_temperature": 100,
+    "rope_rotate_half": True,
+    "use_abs_pos_emb": False,
+    "num_reg_tokens": 4,
+    "use_fc_norm": False,
+    "init_values": 0.1,
+    "norm_layer": partial(LayerNorm, eps=1e-5),
+}
+ROPE_VIT: dict[str, object] = {
+    "use_rot_pos_emb": True,
+    "rope_grid_indexing": "xy",
+    "attn_type": "rope",
+    "init_values": 0.1,
+    "global_pool": "token",
+    "use_fc_norm": False,
+}
+EVAS: dict[str, dict[str, object]] = {
+    "eva": {},
+    "eva02_tiny": {**ROTARY, "swiglu_mlp": True, "mlp_ratio": 8 / 3},
+    "eva02_base": {**ROTARY, "swiglu_mlp": True, "mlp_ratio": 8 / 3, "scale_mlp": True, "qkv_fused": False},
+    "eva02_clip": {
+        **ROTARY,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "qkv_fused": False,
+        "global_pool": "token",
+        "use_fc_norm": False,
+    },
+    "dinov3": {**DINOV3, "qkv_bias": False},
+    "dinov3_plus": {**DINOV3, "swiglu_mlp": True, "swiglu_align_to": 8, "mlp_ratio": 1.9},
+    "rope": {**ROPE_VIT, "rope_temperature": 100, "use_abs_pos_emb": False},
+    "rope_mixed": {**ROPE_VIT, "rope_type": "mixed", "rope_temperature": 10, "use_abs_pos_emb": False},
+    "rope_mixed_ape": {**ROPE_VIT, "rope_type": "mixed", "rope_temperature": 10, "no_embed_class": True},
+    "rope_gap": {**ROTARY, "class_token": False, "num_reg_tokens": 1, "init_values": 0.1, "qkv_bias": False},
+    "pe_spatial": {**ROPE_VIT, "rope_grid_offset": 1.0, "ref_feat_shape": 4, "use_pre_transformer_norm": True},
+    "qk_norm": {**ROTARY, "qk_norm": True},
+}
+
+
+def tiny_eva(kind: str, **rates: float) -> tuple[nn.Module, ViT]:
+    theirs = fill(Eva(**TINY, dynamic_img_size=True, **EVAS[kind], **rates)).eval()
+    ours = ViT(**options_of(theirs, kind), **rates).eval()
+    load_into(ours, theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("kind", EVAS)
+@torch.no_grad()
+def test_logits_are_those_of_timms_eva(kind: str) -> None:
+    theirs, ours = tiny_eva(kind)
+    for size in ((32, 32), (24, 56)):
+        images = images_of(2, 3, *size)
+        expected = theirs(images)
+        assert expected.std() > 0.02
+        torch.testing.assert_close(ours(images), expected, atol=1e-5, rtol=1e-5)
+    again = ViT(**json.loads(json.dumps(ours.config))).eval()
+    again.load_state_dict(ours.state_dict(), strict=True)
+    torch.testing.assert_close(again(images), ours(images))
+
+
+@pytest.mark.parametrize("kind", ["eva02_tiny", "rope_mixed"])
+def test_training_draws_the_dropout_of_timms_eva_and_turns_the_patches_that_are_left(kind: str) -> None:
+    rates = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+    outputs = []
+    for model in tiny_eva(kind, **dict.fromkeys(rates, 0.3)):
+        torch.manual_seed(3)
+        outputs.append(model.train()(images_of(4, 3, 32, 48)))
+    torch.testing.assert_close(*outputs)
+
+
+def test_the_bias_that_keys_do_not_have_is_zero_and_gets_no_gradient() -> None:
+    _, ours = tiny_eva("eva02_base")
+    ours(images_of(1, 3, 32, 32)).square().sum().backward()
+    for block in ours.blocks:
+        bias = block.attn.qkv.bias
+        assert not bias[32:64].any() and not bias.grad[32:64].any()
+        assert bias[:32].all() and bias.grad[64:].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("eva02_tiny_patch14_224", "eva02_small_patch14_336", "eva02_base_patch14_448", "eva02_large_patch14_224"),
+        *("eva02_base_patch16_clip_224", "vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3"),
+        *("vit_base_patch16_dinov3_qkvb", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224"),
+        *("vit_small_patch16_rope_mixed_ape_224", "vit_base_patch16_rope_reg1_gap_256", "vit_giant_patch14_dinov2"),
+        *("vit_mediumd_patch16_rope_reg1_gap_256", "vit_betwixt_patch16_rope_reg4_gap_256", "eva_giant_patch14_224"),
+        *("vit_pe_spatial_tiny_patch16_512", "vit_small_patch16_lingbot", "eva02_large_patch14_clip_336"),
+    ],
+)
+@torch.no_grad()
+def test_published_evas_have_the_logits_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        assert len(ViT.from_timm(name).blocks) == len(timm.create_model(name).blocks)
+    # Two layers say what twenty do, in the memory that a small machine has.
+    theirs = fill(timm.create_model(name, num_classes=7, dynamic_img_size=True, depth=2)).eval()
+    ours = ViT(**options_of(theirs, name)).eval()
+    load_into(ours, theirs.state_dict())
+    side = ours.options.patch_size[0]
+    for grid in ((6, 9), ours.options.grid_size):
+        images = images_of(1, 3, grid[0] * side, grid[1] * side)
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
@@ -277,6 +397,100 @@ def test_reset_classifier_gives_features_or_new_classes() -> None:
         model.reset_classifier(7, "map")
 
 
+def test_layers_take_turns_and_a_window_as_large_as_the_grid_is_all_attention() -> None:
+    options = {**TINY, "depth": 5, "reg_tokens": 1, "attention_options": {"window": {"window_size": 2}}}
+    model = ViT(**options, attention=("window", "window", "self"))
+    names = [type(block.attn).__name__ for block in model.blocks]
+    assert names == ["WindowAttention", "WindowAttention", "SelfAttention", "WindowAttention", "WindowAttention"]
+    assert not model.attends_globally and ViT(**TINY).attends_globally
+    whole = {"window": {"window_size": 9, "relative_bias": False}}
+    windows = ViT(**{**options, "attention_options": whole}, attention=["window", "self"])
+    plain = ViT(**{**options, "attention_options": {}})
+    plain.load_state_dict(fill(windows).state_dict(), strict=True)
+    images = images_of(2, 3, 32, 48)
+    torch.testing.assert_close(windows.eval()(images), plain.eval()(images))
+    small = ViT(**options, attention=("window", "self"))
+    small.load_state_dict(windows.state_dict(), strict=False)
+    assert not torch.allclose(small.eval()(images), plain(images), atol=1e-3)
+
+
+def test_window_layers_are_shown_where_they_lie_and_rollout_is_refused() -> None:
+    options = {"attention": ("window", "self"), "attention_options": {"window": {"window_size": 2, "shift": 1}}}
+    model = fill(ViT(**TINY, reg_tokens=1, **options)).double().eval()
+    images = images_of(2, 3, 32, 48).double()
+    with AttentionCapture(model) as capture, torch.no_grad():
+        model(images)
+    (record,) = [one for one in capture.records if one.kind == "window"]
+    # The shift moves the windows by one place: rows 1 and 2, columns 3 and 4 are one of them.
+    raw = explain(model, images, method="raw", layer="blocks.0.attn", query_patch=(1, 4)).maps
+    assert raw.shape == (2, 4, 6)
+    inside = raw[:, 1:3, 3:5]
+    assert (inside > 0).all() and raw.count_nonzero() == inside.numel()
+    # Some query has these weights on the four patches of its window; the rest goes to the two prefix tokens.
+    sums = record.weights.mean(1)[..., 2:].sum(-1).unflatten(0, (2, -1)).flatten(1)
+    assert (sums - inside.sum((1, 2))[:, None]).abs().amin(1).max() < 1e-6
+    assert default_method(model) == "grad_cam" and default_method(ViT(**TINY)) == "rollout"
+    for method in ("rollout", "generic", "grad_rollout", "legrad"):
+        with pytest.raises(UsageError, match=f"for {method}, got windows of 4 tokens in 'blocks.0.attn': use grad_cam"):
+            explain(model, images, method=method)
+    # Layers that come last and leave no attention between tokens are not passed over.
+    model = ViT(**TINY, attention=("self", "linear")).eval()
+    for method in ("rollout", "generic", "grad_rollout", "legrad"):
+        with pytest.raises(UsageError, match=f"in every layer for {method}, got a ViT with layers of another kind"):
+            explain(model, images.float(), method=method)
+    assert explain(model, images.float(), method="grad_cam").maps.shape == (2, 4, 6)
+    pooled = ViT(**TINY, attention="spatial_reduction").eval()
+    assert explain(pooled, images.float(), method="raw").maps.shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("name", list_token_layers())
+def test_every_token_layer_is_an_attention_of_the_encoder(name: str) -> None:
+    model = fill(ViT(**TINY, reg_tokens=1, attention=(name, "self"), rope="mixed")).double().eval()
+    images = images_of(2, 3, 24, 40).double()
+    output = model(images)
+    torch.testing.assert_close(output, torch.cat([model(image[None]) for image in images]))
+    again = ViT(**json.loads(json.dumps(model.config))).double().eval()
+    again.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(again(images), output)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+def test_the_models_options_reach_the_layers_and_their_own_come_last() -> None:
+    own = {"window": {"num_heads": 1, "window_size": 2}, "self": {"gated": "headwise"}}
+    model = ViT(**TINY, attention=("window", "self"), qk_norm=True, qkv_bias=False, attention_options=own)
+    window, plain = (block.attn for block in model.blocks)
+    assert (window.num_heads, window.window_size, plain.num_heads) == (1, 2, 2)
+    assert window.qkv.bias is None and plain.qkv.bias is None
+    assert plain.gate.out_features == 2
+    assert isinstance(window.q_norm, nn.LayerNorm) and window.q_norm.eps == 1e-6
+
+
+def test_checkpointing_keeps_the_gradients_of_rotary_and_window_layers() -> None:
+    model = fill(ViT(**TINY, rope="axial", attention=("window", "self"), mlp="swiglu"))
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model.train()(images_of(2, 3, 24, 40)).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.blocks.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_swiglu_is_the_equation() -> None:
+    model = fill(ViT(**TINY, mlp="swiglu", mlp_ratio=1.5, scale_mlp_norm=True)).double()
+    x = images_of(2, 5, 32).double()
+    weights = {name: tensor.detach().numpy() for name, tensor in model.blocks[0].mlp.named_parameters()}
+    gate, value = np.split(x.numpy() @ weights["fc1.weight"].T + weights["fc1.bias"], 2, axis=-1)
+    hidden = gate / (1 + np.exp(-gate)) * value
+    assert hidden.shape[-1] == 48
+    centred = hidden - hidden.mean(-1, keepdims=True)
+    hidden = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    hidden = hidden * weights["norm.weight"] + weights["norm.bias"]
+    expected = hidden @ weights["fc2.weight"].T + weights["fc2.bias"]
+    np.testing.assert_allclose(model.blocks[0].mlp(x).detach().numpy(), expected, atol=1e-12)
+
+
 def test_token_layout_names_prefix_grid_and_query() -> None:
     layout = ViT(**TINY, reg_tokens=2).token_layout()
     assert (layout.prefix, layout.grid, layout.query) == (("class", "register", "register"), (4, 4), "class")
@@ -326,6 +540,17 @@ def test_a_fixed_size_is_kept_where_it_is_asked_for() -> None:
         ({"class_token": False}, "expected a class token"),
         ({"stem": "conv", "patch_size": 16, "img_size": (48, 32), "pos_interpolation": "bilinear"}, "interpolation"),
         ({"stem": "conv", "patch_size": 12, "img_size": 48}, "power of two for the conv stem, got 12 x 12"),
+        ({"attention": "windows"}, "known attention, got 'windows': did you mean 'window'"),
+        ({"attention": ()}, "known attention, got ''"),
+        ({"attention_options": {"window": {}}}, "attention_options for self, got 'window': leave it out"),
+        ({"attention_options": {"self": {"heads": 3}}}, "option of self, got 'heads'"),
+        ({"attention": "linear", "qk_norm": True}, "qk_norm=False for layers of 'linear' attention, .* got True"),
+        ({"attention": "window", "patch_drop_rate": 0.1}, "no patch_drop_rate with 'window' attention"),
+        ({"rope": "axis"}, "rotary positions, got 'axis': did you mean 'axial'"),
+        ({"rope": "axial", "rope_options": {"temperatur": 10}}, "did you mean 'temperature'"),
+        ({"rope_options": {"temperature": 10}}, "rope='axial' or 'mixed' for rope_options"),
+        ({"rope": "axial", "num_heads": 16}, "heads of a multiple of 4 channels for rotary positions, got 2"),
+        ({"mlp": "swish"}, "known MLP, got 'swish': did you mean 'swiglu'"),
     ],
 )
 def test_options_that_cannot_be_built_are_named(options: dict[str, object], message: str) -> None:
@@ -337,7 +562,9 @@ def test_options_that_cannot_be_built_are_named(options: dict[str, object], mess
     ("name", "part"),
     [
         ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
-        ("vit_giant_patch14_dinov2", "MLP GluMlp"),
+        ("eva02_enormous_patch14_clip_224", "EvaBlockPostNorm"),
+        ("vit_base_patch16_sapiens2", "norm RmsNorm"),
+        ("vit_pe_core_base_patch16_224", "pooling over prefix tokens"),
         ("deit_tiny_distilled_patch16_224", "a distillation token"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
         ("vit_tiny_r_s16_p8_224", "HybridEmbed"),

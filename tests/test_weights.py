@@ -7,10 +7,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vision_attn.errors import CheckpointMismatchError, UsageError
+from vision_attn.models.from_timm import options_of
 from vision_attn.models.vit import ViT
 from vision_attn.models.weights import load_into, load_state_dict_file
 
@@ -206,6 +208,39 @@ def test_tensors_take_the_dtype_of_the_model() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert report.cast == (f"float16 -> float32 ({len(state)} tensors)",)
     assert torch.equal(model.head.weight, state["head.weight"].float())
+
+
+def tiny_eva() -> Eva:
+    return Eva(**TINY, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, init_values=0.1)
+
+
+def test_keys_of_timms_eva_become_those_of_our_vit_and_the_report_says_which() -> None:
+    state = {key: torch.randn_like(tensor) for key, tensor in tiny_eva().state_dict().items()}
+    model = ViT(**options_of(tiny_eva(), "eva"))
+    report = load_into(model, state)
+    assert report.missing == report.unexpected == ()
+    assert set(report.renamed) == {
+        "gamma_1 -> ls1.gamma (1 times)",
+        "gamma_2 -> ls2.gamma (1 times)",
+        "attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight -> attn.qkv.weight (1 times)",
+        "attn.q_proj.bias, attn.v_proj.bias -> attn.qkv.bias (1 times)",
+        "mlp.fc1_g.weight, mlp.fc1_x.weight -> mlp.fc1.weight (1 times)",
+        "mlp.fc1_g.bias, mlp.fc1_x.bias -> mlp.fc1.bias (1 times)",
+    }
+    bias = torch.cat([state["blocks.0.attn.q_proj.bias"], torch.zeros(16), state["blocks.0.attn.v_proj.bias"]])
+    assert torch.equal(model.blocks[0].attn.qkv.bias, bias)
+    assert "renamed: gamma_1 -> ls1.gamma (1 times)" in str(report)
+
+
+def test_keys_of_timms_eva_stay_where_the_model_has_them_or_a_part_is_missing() -> None:
+    state = tiny_eva().state_dict()
+    theirs = tiny_eva()
+    assert load_into(theirs, state).renamed == ()
+    assert_same(theirs.state_dict(), state)
+    del state["blocks.0.attn.k_proj.weight"]
+    message = "q_proj.weight: not in the model; .*v_proj.weight: not in the model; .*qkv.weight: missing"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        load_into(ViT(**options_of(tiny_eva(), "eva")), state)
 
 
 def test_a_network_without_positions_loads_too() -> None:

@@ -26,7 +26,9 @@ from vision_attn.attribution.base import (
     working_methods,
 )
 from vision_attn.attribution.encoders import Encoder, find_encoder
-from vision_attn.attribution.rollout import kth_smallest
+from vision_attn.attribution.merged import expanded, group_means, group_sizes, merges_seen, num_tokens, of_members
+from vision_attn.attribution.positions import token_attention
+from vision_attn.attribution.rollout import kth_smallest, refuse_other_layers
 from vision_attn.attribution.tokens import find_layout, is_known, query_row
 from vision_attn.capture import AttentionCapture, AttentionRecord
 from vision_attn.errors import UsageError
@@ -69,14 +71,14 @@ def grad_rollout(
     if not number or not 0 <= discard_ratio < 1:
         raise UsageError(f"expected discard_ratio from 0 to below 1, got {discard_ratio!r}: 0.9 drops nine tenths")
     layout, layers, pooling = _attention_and_gradients(model, images, target, layout, "grad_rollout")
-    matrices = [(weights * gradients).mean(1).clamp(min=0) for weights, gradients in layers]
+    matrices = [layer.among_tokens((layer.weights * layer.gradients).mean(1).clamp(min=0)) for layer in layers]
     if discard_ratio:
         protected = layout.index("class") if "class" in layout.prefix else None
         matrices = [_discarded(matrix, discard_ratio, protected) for matrix in matrices]
     row = _query_row(layout, matrices[0])
     if pooling is not None:
-        weights, gradients = pooling
-        row = _over_all_tokens((weights * gradients).mean(1).clamp(min=0).mean(1), layout)
+        product = pooling.weights * pooling.gradients
+        row = _over_all_tokens(product.mean(1).clamp(min=0).mean(1), layout)
         row = row / row.sum(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)
     return layout.patches(grad_rollout_row(row, matrices))
 
@@ -116,11 +118,11 @@ def generic(
         UsageError: its attention is not between all tokens.
     """
     layout, layers, pooling = _attention_and_gradients(model, images, target, layout, "generic")
-    matrices = [(weights * gradients).clamp(min=0).mean(1) for weights, gradients in layers]
+    matrices = [layer.among_tokens((layer.weights * layer.gradients).clamp(min=0).mean(1)) for layer in layers]
     row = _query_row(layout, matrices[0])
     if pooling is not None:
-        weights, gradients = pooling
-        row = _over_all_tokens((weights * gradients).clamp(min=0).mean((1, 2)), layout)
+        product = pooling.weights * pooling.gradients
+        row = _over_all_tokens(product.clamp(min=0).mean((1, 2)), layout)
     return layout.patches(generic_row(row, matrices))
 
 
@@ -176,11 +178,17 @@ def legrad(
     names = {module: name for name, module in model.named_modules()}
     first = 0 if last_layers is None else count - last_layers
     blocks = [(names[block], block) for block in encoder.blocks[first:]]
-    with frozen(model), _outputs([block for _, block in blocks]) as tokens, AttentionCapture(model) as capture:
+    with (
+        frozen(model),
+        merges_seen(model) as merged,
+        _outputs([block for _, block in blocks], merged) as tokens,
+        AttentionCapture(model) as capture,
+    ):
         logits = logits_of(model(images))
         target = logits.argmax(-1) if target is None else target
-        records = seen_records(capture)
+        records = token_attention(model, seen_records(capture), "legrad")
         refuse_parts(records, "legrad")
+        refuse_other_layers(model, "legrad")
         check_gradients(logits, model, "legrad")
         if len(tokens) != count - first:
             raise UsageError(
@@ -202,8 +210,9 @@ def legrad(
                     f"expected attention in every block, got none in {name!r}: use {_alternatives('legrad')}"
                 )
             sources = [source_of(record) for record in attended]
-            for gradient in torch.autograd.grad(score.sum(), sources, retain_graph=True):
-                total = total + _over_all_tokens(gradient.clamp(min=0).mean((1, 2)), layout)
+            gradients = torch.autograd.grad(score.sum(), sources, retain_graph=True)
+            for gradient, record in zip(gradients, attended, strict=True):
+                total = total + _over_all_tokens(_sensitivity(gradient, record), layout)
     return layout.patches(total)
 
 
@@ -245,7 +254,7 @@ def grad_cam(
         layout = find_layout(model, images)
     with frozen(model):
         name = _feature_layer(model, images[:1], layout) if layer is None else layer
-        with _leaf_output(named[name]) as leaves:
+        with merges_seen(model) as merged, _leaf_output(named[name], merged) as leaves:
             chosen = target_logits(logits_of(model(images)), target)
         if not leaves:
             raise UsageError(f"expected a layer that runs and gives a tensor, got {name!r}: choose another")
@@ -287,36 +296,64 @@ def source_of(record: AttentionRecord) -> Tensor:
     return record.applied
 
 
+def _sensitivity(gradient: Tensor, record: AttentionRecord) -> Tensor:
+    """Returns what attention on each token brings, (B, N): the mean of positive gradients over heads and queries.
+
+    The N tokens that merged into n attend as n do and part the gradient among them, so that their mean is the sum over
+    groups, divided by N.
+    """
+    gradient = gradient.clamp(min=0).mean(1)
+    if record.merged is None:
+        return gradient.mean(1)
+    return (gradient.sum(1) / num_tokens(record)).gather(1, record.merged)
+
+
 def _of_latents(records: Sequence[AttentionRecord], layout: TokenLayout) -> list[AttentionRecord]:
     """Returns the attention of a MAP head's latents over the layout's tokens, or over the patches alone."""
     lengths = (layout.num_tokens, layout.num_patches)
     return [record for record in records if record.kind == "cross" and record.key_length in lengths]
 
 
-Pair = tuple[Tensor, Tensor]
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer's weights (B, h, Q, K), the target logit's gradients by them, and what its tokens have merged into."""
+
+    weights: Tensor
+    gradients: Tensor
+    merged: Tensor | None
+
+    def among_tokens(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix (B, Q, K) of weights times gradients as that among all tokens, (B, N, N).
+
+        The tokens of a group part its gradient among them: each of its rows has a share.
+        """
+        if self.merged is None:
+            return matrix
+        return expanded(matrix / group_sizes(self.merged, matrix)[..., None], self.merged)
 
 
 def _attention_and_gradients(
     model: nn.Module, images: Tensor, target: Tensor | None, layout: TokenLayout | None, method: str
-) -> tuple[TokenLayout, list[Pair], Pair | None]:
-    """Returns the layout, each layer's weights (B, h, Q, K) and the target logit's gradients by them, and a MAP head's.
+) -> tuple[TokenLayout, list[_Layer], _Layer | None]:
+    """Returns the layout, each layer's weights and gradients, and a MAP head's.
 
     Raises:
         UsageError: attention is not among the layout's tokens, layer after layer, with no more than a MAP head after.
     """
     with frozen(model), AttentionCapture(model) as capture:
         chosen = target_logits(logits_of(model(images)), target)
-        records = seen_records(capture)
+        records = token_attention(model, seen_records(capture), method)
         refuse_parts(records, method)
+        refuse_other_layers(model, method)
         check_gradients(chosen, model, method)
         layout = layout or find_layout(model, images)
         layers = [record for record in records if record.kind == "self"]
         pooling = [record for record in records if record.kind == "cross"]
         for record in layers:
-            if record.key_length != layout.num_tokens:
+            if num_tokens(record) != layout.num_tokens:
                 raise UsageError(
                     f"expected {layout.num_tokens} tokens in every layer ({layout.num_prefix} prefix + "
-                    f"{layout.grid[0]} x {layout.grid[1]}), got {record.key_length} in {record.name!r}: pass the "
+                    f"{layout.grid[0]} x {layout.grid[1]}), got {num_tokens(record)} in {record.name!r}: pass the "
                     f"layout of this model at this image size, or use {_alternatives(method)}"
                 )
         if not layers or len(pooling) != (layout.query == "map"):
@@ -327,8 +364,11 @@ def _attention_and_gradients(
             )
         sources = [source_of(record) for record in layers + pooling]
         gradients = torch.autograd.grad(chosen.sum(), sources, allow_unused=True, materialize_grads=True)
-    pairs = [(weights.detach(), gradient) for weights, gradient in zip(sources, gradients, strict=True)]
-    return layout, pairs[: len(layers)], pairs[-1] if pooling else None
+    seen = [
+        _Layer(weights.detach(), gradient, record.merged)
+        for weights, gradient, record in zip(sources, gradients, layers + pooling, strict=True)
+    ]
+    return layout, seen[: len(layers)], seen[-1] if pooling else None
 
 
 def _query_row(layout: TokenLayout, like: Tensor) -> Tensor:
@@ -396,12 +436,18 @@ def _check_head(encoder: Encoder, tokens: Tensor, logits: Tensor, model: nn.Modu
 
 
 @contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Gives a list that receives what each module gives out, or the first of it, in the order in which they run."""
+def _outputs(modules: Sequence[nn.Module], merged: Callable[[], Tensor | None]) -> Iterator[list[Tensor]]:
+    """Gives a list that receives what each module gives out, or the first of it, in the order in which they run.
+
+    Where tokens have `merged`, what is received has one for each of them as before.
+    """
     seen: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output: seen.append(_first(output))) for module in modules
-    ]
+
+    def see(_module: nn.Module, _args: Any, output: Any) -> None:
+        groups = merged()
+        seen.append(_first(output) if groups is None else of_members(_first(output), groups))
+
+    handles = [module.register_forward_hook(see) for module in modules]
     try:
         yield seen
     finally:
@@ -413,17 +459,25 @@ def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _leaf_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Cuts the graph at what a module gives out, so that the backward pass ends there; gives the leaves."""
+def _leaf_output(module: nn.Module, merged: Callable[[], Tensor | None]) -> Iterator[list[Tensor]]:
+    """Cuts the graph at what a module gives out, so that the backward pass ends there; gives the leaves.
+
+    Where tokens have `merged`, a leaf has one for each of them as before, and the model goes on with their means.
+    """
     leaves: list[Tensor] = []
 
     def cut(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         first = _first(output)
         if not isinstance(first, Tensor):
             return output
-        leaves.append(first.detach().requires_grad_())
-        # What comes next may work in place, which a leaf does not allow.
-        changed = leaves[-1].clone()
+        groups = merged()
+        if groups is None or first.dim() != 3:
+            leaves.append(first.detach().requires_grad_())
+            # What comes next may work in place, which a leaf does not allow.
+            changed = leaves[-1].clone()
+        else:
+            leaves.append(of_members(first.detach(), groups).requires_grad_())
+            changed = group_means(leaves[-1], groups, first.shape[1])
         return changed if isinstance(output, Tensor) else _with_first(output, changed)
 
     handle = module.register_forward_hook(cut)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.attribution.base import METHODS, seen_records, working_methods
+from vision_attn.attribution.encoders import find_known
+from vision_attn.attribution.merged import expanded, gathered, group_sizes, num_tokens, spread
+from vision_attn.attribution.positions import token_attention
 from vision_attn.attribution.tokens import find_layout, query_row
 from vision_attn.capture import AttentionCapture, AttentionInputs, AttentionRecord
 from vision_attn.errors import UsageError
@@ -67,8 +70,9 @@ def rollout(
     folded = _Folded(layout, head_fusion, discard_ratio)
     with AttentionCapture(model, keep=folded) as capture, torch.no_grad():
         model(images)
-    records = seen_records(capture)
+    records = token_attention(model, seen_records(capture), "rollout")
     refuse_windows(records, "rollout")
+    refuse_other_layers(model, "rollout")
     layout = layout or find_layout(model, images)
     layers, pooling = _checked(records, layout)
     kept = [record.reduced for record in pooling]
@@ -128,18 +132,18 @@ class _Folded:
         self.matrix: Tensor | None = None
 
     def __call__(self, record: AttentionRecord) -> AttentionRecord | None:
-        num_tokens, width = record.key_length, record.num_heads * record.values.shape[-1]
-        if record.kind != "self" or self.layout is None or num_tokens != self.layout.num_tokens or num_tokens > width:
+        length, width, count = record.key_length, record.num_heads * record.values.shape[-1], num_tokens(record)
+        if record.kind != "self" or self.layout is None or count != self.layout.num_tokens or count > width:
             return record.without_values()
         dtype = torch.promote_types(record.values.dtype, torch.float32)
-        mixed = record.values.new_empty(record.batch_size, num_tokens, num_tokens, dtype=dtype)
+        mixed = record.values.new_empty(record.batch_size, length, length, dtype=dtype)
         for images, weights in record.attend(_block_size(mixed)):
             mixed[images] = _FUSIONS[self.head_fusion](weights)
         if self.discard_ratio:
-            border = _kth_smallest_at_once(mixed.flatten(1), int(self.discard_ratio * num_tokens**2))
-            _discard(mixed, border, _class_token(self.layout))
+            _discard_share(mixed, self.discard_ratio, _class_token(self.layout), record.merged)
         mixed.diagonal(dim1=1, dim2=2).add_(1.0)
         mixed /= mixed.sum(-1, keepdim=True)
+        mixed = mixed if record.merged is None else expanded(mixed, record.merged)
         self.matrix = mixed if self.matrix is None else torch.bmm(mixed, self.matrix)
         return None
 
@@ -150,10 +154,10 @@ def _checked(
     """Returns the self-attention layers, and what pools their tokens, if the layers work on the layout's tokens."""
     layers = [record for record in records if record.kind != "cross"]
     for record in layers:
-        if record.kind != "self" or record.key_length != layout.num_tokens:
+        if record.kind != "self" or num_tokens(record) != layout.num_tokens:
             raise UsageError(
                 f"expected attention among {layout.num_tokens} tokens in every layer ({layout.num_prefix} prefix + "
-                f"{layout.grid[0]} x {layout.grid[1]}), got {record.kind} attention over {record.key_length} in "
+                f"{layout.grid[0]} x {layout.grid[1]}), got {record.kind} attention over {num_tokens(record)} in "
                 f"{record.name!r}: pass the layout of this model at this image size, or use {_alternatives()}"
             )
     pooling = [record for record in records if record.kind == "cross"]
@@ -252,10 +256,31 @@ def refuse_windows(records: Sequence[AttentionRecord], method: str) -> None:
         )
 
 
+def refuse_other_layers(model: nn.Module, method: str) -> None:
+    """Raises UsageError where an encoder says that not all its layers are attention between all tokens."""
+    known = find_known(model)
+    if known is not None and not getattr(known[0], "attends_globally", True):
+        raise UsageError(
+            f"expected attention between all tokens in every layer for {method}, got a {type(known[0]).__name__} with "
+            f"layers of another kind: use {' or '.join(working_methods('nothing'))}"
+        )
+
+
 def _through_layer(
     row: Tensor, record: AttentionRecord, head_fusion: HeadFusion, discard_ratio: float, protected: int | None
 ) -> Tensor:
     """Returns row · norm(A + I), (B, N), for one layer's fused attention A."""
+    merged = record.merged
+    if merged is not None:
+        row = gathered(row, merged, record.key_length)
+    row = _through_tokens(row, record, head_fusion, discard_ratio, protected)
+    return row if merged is None else spread(row, merged)
+
+
+def _through_tokens(
+    row: Tensor, record: AttentionRecord, head_fusion: HeadFusion, discard_ratio: float, protected: int | None
+) -> Tensor:
+    """Returns what `_through_layer` does, (B, n), for a row over the tokens as they are there, merged or not."""
     source = record.source
     plain = head_fusion == "mean" and not discard_ratio
     if plain and isinstance(source, AttentionInputs) and source.mask is None and not source.causal:
@@ -267,7 +292,11 @@ def _through_layer(
     for first in range(0, batch_size, at_once):
         images = slice(first, first + at_once)
         blocks = _Blocks(record, images, _FUSIONS[head_fusion], max(1, block_size // num_tokens))
-        if discard_ratio:
+        if discard_ratio and record.merged is not None:
+            (whole,) = _Blocks(record, images, _FUSIONS[head_fusion], num_tokens).between(0, num_tokens)
+            _discard_share(whole[1], discard_ratio, protected, record.merged[images])
+            parts.append(_step(row[images], [whole]))
+        elif discard_ratio:
             parts.append(_discarded_step(row[images], blocks, int(discard_ratio * num_tokens**2), protected))
         else:
             parts.append(_step(row[images], blocks.between(*_support(row[images]))))
@@ -322,6 +351,17 @@ def _discarded_step(row: Tensor, blocks: "_Blocks", count: int, protected: int |
             yield queries, _discard(fused, border, protected)
 
     return _step(row, discarded())
+
+
+def _discard_share(fused: Tensor, discard_ratio: float, protected: int | None, merged: Tensor | None) -> None:
+    """Sets the lowest share of each image's fused matrix (B, n, n) to 0; of merged tokens, of that among patches."""
+    whole = fused if merged is None else expanded(fused, merged)
+    border = _kth_smallest_at_once(whole.flatten(1), int(discard_ratio * whole.shape[-1] ** 2))
+    if merged is None:
+        _discard(fused, border, protected)
+        return
+    shares = fused / group_sizes(merged, fused)[:, None]
+    fused.mul_(_discard(shares, border, protected) > 0)
 
 
 def _discard(fused: Tensor, border: Tensor, protected: int | None) -> Tensor:

@@ -8,9 +8,10 @@ Letters in shapes: B batch, C channels (token width), H W image, P patch, h w gr
 patches), K heads, D head width (C = K D).
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral, Real
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,165 +19,23 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchDropout, trunc_normal_
-from timm.layers.activations import GELUTanh, QuickGELU
-from timm.models import checkpoint, checkpoint_seq
+from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp, PatchDropoutWithIndices, trunc_normal_
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Attention as TimmAttention
-from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import PatchEmbed as TimmPatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vision_attn.errors import UsageError
+from vision_attn.layers.base import check_options
+from vision_attn.layers.merging import TokenMerging
+from vision_attn.layers.rotary import AxialRotary, MixedRotary, Rotation
+from vision_attn.layers.tokens import TOKEN_LAYERS, Attention, create_token_layer
+from vision_attn.layers.tokens.base import join_heads
 from vision_attn.layout import TokenLayout
-from vision_attn.models.weights import INTERPOLATIONS, load_into, resample_positions
+from vision_attn.models.from_timm import options_of, refuse_other_keys
+from vision_attn.models.vit_config import ACTIVATIONS, ViTConfig, grid_of, pair_of
+from vision_attn.models.weights import load_into, resample_positions
 from vision_attn.registry import unknown
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
-POOLINGS = ("token", "avg", "map", "")
-POSITIONS = ("learn", "sincos2d", "none")
-STEMS = ("patch", "conv")
-INITS = ("trunc_normal", "xavier")
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """All choices of a `ViT`. Names and meanings are timm's where timm has the option.
-
-    Attributes:
-        img_size: (H, W) that the position grid is built for; other sizes are resampled as they come.
-        patch_size: (P, P), or one number for both.
-        in_chans: Image channels.
-        num_classes: Classes; 0 leaves the head out, and the model returns pooled features.
-        embed_dim: C.
-        depth: Number of blocks.
-        num_heads: K, a divisor of `embed_dim`.
-        mlp_ratio: Hidden width of the MLPs over C.
-        qkv_bias: Whether queries, keys and values have a bias.
-        proj_bias: Whether the attention's output projection and the MLPs have one.
-        qk_norm: LayerNorm on queries and keys, a head (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
-        init_values: Start of LayerScale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239); None for none.
-        class_token: Whether a class token leads the sequence.
-        reg_tokens: Registers after it (Darcet et al. 2024, https://arxiv.org/abs/2309.16588).
-        no_embed_class: Positions for the patches only, as in DeiT III and DINOv2 with registers.
-        pos_embed: "learn", "sincos2d" (fixed, Beyer et al. 2022, https://arxiv.org/abs/2205.01580) or "none".
-        pos_interpolation: How positions reach another grid: "timm" (antialiased bicubic) or "hf" (plain bicubic).
-        dynamic_img_size: Whether images of another size than `img_size` are taken.
-        global_pool: "token" (class token), "avg" (mean of the patches), "map" (multi-head attention pooling, Zhai et
-            al. 2022, https://arxiv.org/abs/2106.04560) or "" (all tokens reach the head).
-        pre_norm: LayerNorm before the blocks, as in CLIP.
-        final_norm: Whether there is a last LayerNorm at all.
-        fc_norm: Last LayerNorm after the pooling instead of before; None means with "avg" only.
-        stem: "patch", one strided convolution, or "conv", a 3 x 3 convolution of stride 2 for each halving (Xiao et al.
-            2021, https://arxiv.org/abs/2106.14881).
-        stem_extra: Further 3 x 3 convolutions of stride 1 at the end of the conv stem.
-        weight_init: How linear layers of the blocks start: "trunc_normal" (0.02, as timm) or "xavier" (uniform,
-            queries, keys and values each as a matrix of its own, as the paper's code); narrow networks learn sooner
-            with it.
-        act: "gelu", "gelu_tanh" or "quick_gelu".
-        norm_eps: Epsilon of all LayerNorms.
-        drop_rate: Dropout before the head.
-        pos_drop_rate: Dropout after the positions.
-        patch_drop_rate: Share of patches left out in training (Li et al. 2023, https://arxiv.org/abs/2212.00794).
-        proj_drop_rate: Dropout after the projections of attention and MLP.
-        attn_drop_rate: Dropout on the attention.
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 (Huang et al. 2016,
-            https://arxiv.org/abs/1603.09382).
-
-    Raises:
-        UsageError: a choice is unknown or two do not go together.
-    """
-
-    img_size: tuple[int, int] = (224, 224)
-    patch_size: tuple[int, int] = (16, 16)
-    in_chans: int = 3
-    num_classes: int = 1000
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    proj_bias: bool = True
-    qk_norm: bool = False
-    init_values: float | None = None
-    class_token: bool = True
-    reg_tokens: int = 0
-    no_embed_class: bool = False
-    pos_embed: str = "learn"
-    pos_interpolation: str = "timm"
-    dynamic_img_size: bool = True
-    global_pool: str = "token"
-    pre_norm: bool = False
-    final_norm: bool = True
-    fc_norm: bool | None = None
-    stem: str = "patch"
-    stem_extra: int = 0
-    weight_init: str = "trunc_normal"
-    act: str = "gelu"
-    norm_eps: float = 1e-6
-    drop_rate: float = 0.0
-    pos_drop_rate: float = 0.0
-    patch_drop_rate: float = 0.0
-    proj_drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "img_size", _pair(self.img_size))
-        object.__setattr__(self, "patch_size", _pair(self.patch_size))
-        for kind, name, choices in (
-            ("pooling", self.global_pool, POOLINGS),
-            ("kind of positions", self.pos_embed, POSITIONS),
-            ("interpolation of positions", self.pos_interpolation, INTERPOLATIONS),
-            ("stem", self.stem, STEMS),
-            ("weight_init", self.weight_init, INITS),
-            ("activation", self.act, ACTIVATIONS),
-        ):
-            if name not in choices:
-                raise unknown(kind, name, [choice for choice in choices if choice])
-        grid_of(self.img_size, self.patch_size)
-        for name in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
-            value = getattr(self, name)
-            kind = "number" if name == "mlp_ratio" else "whole number"
-            is_kind = isinstance(value, Real if kind == "number" else Integral)
-            if not is_kind or not value > 0:
-                raise UsageError(f"expected {name} as a {kind} above 0, got {value!r}: correct it")
-        if self.embed_dim % self.num_heads:
-            raise UsageError(
-                f"expected num_heads to divide embed_dim={self.embed_dim}, got {self.num_heads}: change one of them"
-            )
-        if self.global_pool == "token" and not self.class_token:
-            raise UsageError("expected a class token for global_pool='token', got none: use 'avg', or class_token=True")
-        if self.pos_embed == "sincos2d" and self.embed_dim % 4:
-            raise UsageError(f"expected embed_dim divisible by 4 for sincos2d, got {self.embed_dim}: round it")
-        height, width = self.patch_size
-        if self.stem_extra and self.stem != "conv":
-            raise UsageError(f"expected stem='conv' for stem_extra={self.stem_extra}, got {self.stem!r}: leave it out")
-        if self.stem == "conv" and (height != width or height < 2 or height & (height - 1)):
-            raise UsageError(
-                f"expected a square patch with a power of two for the conv stem, got {height} x {width}: use 8 or 16"
-            )
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(h, w), the patches of an image of `img_size`."""
-        return grid_of(self.img_size, self.patch_size)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: class token and registers."""
-        return int(self.class_token) + self.reg_tokens
-
-    @property
-    def num_embedded_prefix(self) -> int:
-        """Prefix tokens that have a position of their own."""
-        return 0 if self.no_embed_class else self.num_prefix_tokens
-
-    @property
-    def norms_after_pooling(self) -> bool:
-        """Whether the last LayerNorm is `fc_norm` instead of `norm`."""
-        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+from vision_attn.reporting import ReportMerge
 
 
 class ViT(nn.Module):
@@ -237,19 +96,21 @@ class ViT(nn.Module):
             self.pos_embed = None
         self.pos_drop = nn.Dropout(c.pos_drop_rate)
         self.patch_drop = (
-            PatchDropout(c.patch_drop_rate, num_prefix_tokens=c.num_prefix_tokens)
+            PatchDropoutWithIndices(c.patch_drop_rate, num_prefix_tokens=c.num_prefix_tokens)
             if c.patch_drop_rate
-            else nn.Identity()
+            else None
         )
+        self.rope = _rotary(c)
         self.norm_pre = _norm(c, when=c.pre_norm)
-        steps = max(c.depth - 1, 1)
-        self.blocks = nn.Sequential(*[Block(c, drop_path=c.drop_path_rate * i / steps) for i in range(c.depth)])
+        self.blocks = nn.Sequential(*[Block(c, i) for i in range(c.depth)])
         self.norm = _norm(c, when=c.final_norm and not c.norms_after_pooling)
         self.attn_pool = AttentionPool(c) if c.global_pool == "map" else None
         self.fc_norm = _norm(c, when=c.final_norm and c.norms_after_pooling)
         self.head_drop = nn.Dropout(c.drop_rate)
         self.head = _head(c.embed_dim, c.num_classes)
 
+        self.merged_tokens: tuple[int, ...] = ()
+        self.report_merge = ReportMerge()
         self.init_weights()
         self.pretrained_cfg: dict[str, Any] = _pretrained_cfg(c)
         self.default_cfg = self.pretrained_cfg
@@ -269,10 +130,12 @@ class ViT(nn.Module):
     ) -> "ViT":
         """Returns a ViT with the architecture of a timm model, and its weights where a checkpoint is given.
 
-        The logits are timm's: to 1e-5 in float32 and to 1e-10 in float64.
+        The logits are timm's: to 1e-5 in float32 and to 1e-10 in float64 (rotary positions to 1e-6: timm computes their
+        angles in float32).
 
         Args:
-            name: A timm name of its `VisionTransformer` family, such as "deit3_small_patch16_224". No download.
+            name: A timm name of its `VisionTransformer` or `Eva` family, such as "deit3_small_patch16_224",
+                "eva02_base_patch14_448" or "vit_small_patch16_dinov3". No download.
             checkpoint: A file or state dict with that model's keys; loaded strictly (`weights.load_into`).
             skip: Beginnings of checkpoint keys to leave out, such as "head." with another number of classes.
             source_grid: (h, w) of the checkpoint's positions, where they are neither on the model's grid nor square.
@@ -291,10 +154,10 @@ class ViT(nn.Module):
             raise unknown("timm model", name, timm.list_models())
         with torch.device("meta"):
             theirs: Any = timm.create_model(name)
-        options = _options_of(theirs, name)
+        options = options_of(theirs, name)
         with torch.device("meta"):
             ours = cls(**options)
-        _refuse_other_keys(ours, theirs, name)
+        refuse_other_keys(ours, theirs, name)
         model = cls(**{**options, **overrides})
         keep = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license")
         model.pretrained_cfg.update({k: v for k, v in theirs.default_cfg.items() if k in keep})
@@ -305,7 +168,7 @@ class ViT(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """All options, ready for JSON: `ViT(**model.config)` builds the same model, without its weights."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.options).items()}
+        return {name: _plain(value) for name, value in asdict(self.options).items()}
 
     def token_layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
         """Returns which tokens are what for images of `image_size` (H, W), by default `img_size`.
@@ -330,15 +193,18 @@ class ViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Returns the tokens after all blocks and `norm`, (B, N, C)."""
-        tokens = self.embed(images)
-        if self.grad_checkpointing and self.training:
-            tokens = checkpoint_seq(self.blocks, tokens)
-        else:
-            tokens = self.blocks(tokens)
-        return self.norm(tokens)
+        tokens, kept = self._embed(images)
+        way = self._way(images, tokens, kept)
+        for block, rope in zip(self.blocks, way.rotations, strict=False):
+            tokens = self._through(block, tokens, rope, way)
+        return way.spread(self.norm(tokens))
 
     def embed(self, images: Tensor) -> Tensor:
         """Returns what enters the first block, (B, N, C): prefix tokens and patches, with positions."""
+        return self._embed(images)[0]
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns what `embed` does, and in training the patches (B, n) that patch dropout left."""
         grid = self._grid(images)
         tokens = self.patch_embed(images)
         prefix = [token.expand(len(tokens), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
@@ -349,7 +215,34 @@ class ViT(nn.Module):
             tokens = torch.cat([*prefix, tokens], dim=1)
         if positions is not None and not self.no_embed_class:
             tokens = tokens + positions
-        return self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
+        tokens = self.pos_drop(tokens)
+        tokens, kept = (tokens, None) if self.patch_drop is None else self.patch_drop(tokens)
+        return self.norm_pre(tokens), kept
+
+    def _way(self, images: Tensor, tokens: Tensor, kept: Tensor | None) -> "_Way":
+        """Returns what the blocks are told on the way of these tokens."""
+        grid = self._grid(images)
+        rotations: Sequence[Rotation | None] = [None] * len(self.blocks)
+        if self.rope is not None:
+            turned: Any = self.rope(grid, num_prefix=self.num_prefix_tokens, device=tokens.device, dtype=tokens.dtype)
+            rotations = [turned] * len(self.blocks) if isinstance(turned, Rotation) else turned
+            if kept is not None:
+                rotations = [_rotation_of(rotation, kept, self.num_prefix_tokens) for rotation in rotations if rotation]
+        if not self.merged_tokens:
+            return _Way(grid, rotations)
+        if self.training:
+            raise UsageError(
+                "expected evaluation mode for a model that merges tokens, got training: call eval(), or "
+                "merge_tokens(0) to train"
+            )
+        merging = TokenMerging(self.merged_tokens, self.num_prefix_tokens, self.report_merge, tokens)
+        return _Way(grid, rotations, merging)
+
+    def _through(self, block: nn.Module, tokens: Tensor, rope: Rotation | None, way: "_Way") -> Tensor:
+        """Returns the tokens after one block."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, tokens, rope=rope, grid=way.grid)
+        return block(tokens, rope=rope, grid=way.grid, merging=way.merging)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Returns (B, C) from tokens (B, N, C); the tokens as they are where `global_pool` is ""."""
@@ -395,6 +288,49 @@ class ViT(nn.Module):
             interpolation=c.pos_interpolation,
         )
 
+    def merge_tokens(self, r: int | Sequence[int]) -> "ViT":
+        """Makes the model merge r tokens a layer into others that are like them, and returns it; 0 ends that.
+
+        For inference: logits change a little, layers have fewer tokens and run faster. What leaves the last block has a
+        token for every patch again, that of the merged token which holds it, so that the mean of patches, a MAP head
+        and `forward_intermediates` see each patch. Captured attention says what merged (`AttentionRecord.merged`), and
+        explanations have the full grid. `merged_tokens` holds the schedule; it is no part of `config` or state dict.
+
+        Source: Bolya et al., ICLR 2023; see `layers.merging`.
+
+        Args:
+            r: Tokens that go in each layer, or a number for each layer; at most half of the patches go at once.
+
+        Raises:
+            UsageError: r is negative or of another number of layers, or the model's layers are not plain
+                self-attention with positions that are added once (rotary ones have no place for a merged token).
+
+        Example:
+            >>> model = ViT(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2).eval().merge_tokens(8)
+            >>> model(torch.zeros(1, 3, 32, 32)).shape
+            torch.Size([1, 1000])
+        """
+        depth = len(self.blocks)
+        schedule = list(r) if isinstance(r, Sequence) else [r] * depth
+        if len(schedule) != depth or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in schedule):
+            raise UsageError(
+                f"expected tokens to merge as a whole number from 0, or {depth}, one for each layer, got {r!r}: "
+                "8 is a start for 196 patches"
+            )
+        lacking = "rotary positions" if self.rope is not None else "window or other attention"
+        if self.rope is not None or not self.attends_globally:
+            raise UsageError(
+                f"expected self-attention without rotary positions in every layer to merge tokens, got {lacking}: "
+                "use this model as it is"
+            )
+        self.merged_tokens = tuple(schedule) if any(schedule) else ()
+        return self
+
+    @property
+    def attends_globally(self) -> bool:
+        """Whether every token attends to every other in each layer."""
+        return set(self.options.attention_names) == {"self"}
+
     # What timm's tools ask for.
 
     def init_weights(self) -> None:
@@ -411,14 +347,19 @@ class ViT(nn.Module):
                     nn.init.zeros_(module.bias)
         if self.options.weight_init == "xavier":
             for block in self.blocks:
-                assert isinstance(block, Block)
-                for matrix in (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, *block.mlp.parameters()):
-                    if matrix.ndim == 2:
+                for name, parameter in block.named_parameters():
+                    # Queries, keys and values are three matrices in one weight, gate and value two.
+                    widths: Sequence[int] = (len(parameter),)
+                    if name == "attn.qkv.weight":
+                        widths = getattr(block.attn, "widths", (len(parameter) // 3,) * 3)
+                    elif name == "mlp.fc1.weight" and self.options.mlp == "swiglu":
+                        widths = (len(parameter) // 2,) * 2
+                    for matrix in parameter.split(list(widths)) if parameter.ndim == 2 else ():
                         nn.init.xavier_uniform_(matrix)
 
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters that weight decay must not touch, beside biases and norms."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        return {"pos_embed", "cls_token", "reg_token"} | ({"rope.freqs"} if self.options.rope == "mixed" else set())
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns timm's patterns that sort parameters by depth, for layer-wise learning-rate decay."""
@@ -466,11 +407,11 @@ class ViT(nn.Module):
         Raises:
             UsageError: the patch does not divide the size, or another patch size is asked for.
         """
-        if patch_size is not None and _pair(patch_size) != self.options.patch_size:
+        if patch_size is not None and pair_of(patch_size) != self.options.patch_size:
             raise UsageError(f"expected patches of {self.options.patch_size}, got {patch_size}: build a new model")
         if img_size is None:
             return
-        options = replace(self.options, img_size=_pair(img_size))
+        options = replace(self.options, img_size=pair_of(img_size))
         positions = self._positions(options.grid_size)
         if isinstance(self.pos_embed, nn.Parameter):
             assert positions is not None
@@ -505,19 +446,20 @@ class ViT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise unknown("output format", output_fmt, ("NCHW", "NLC"))
         wanted, last = feature_take_indices(len(self.blocks), indices)
-        tokens = self.embed(images)
+        tokens, kept = self._embed(images)
+        way = self._way(images, tokens, kept)
         outputs = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            tokens = checkpoint(block, tokens) if self.grad_checkpointing and self.training else block(tokens)
+            tokens = self._through(block, tokens, way.rotations[i], way)
             if i in wanted:
-                outputs.append(self.norm(tokens) if norm else tokens)
+                outputs.append(way.spread(self.norm(tokens) if norm else tokens))
         prefixes = [output[:, : self.num_prefix_tokens] for output in outputs]
         outputs = [output[:, self.num_prefix_tokens :] for output in outputs]
         if output_fmt == "NCHW":
             grid = self._grid(images)
             outputs = [output.transpose(1, 2).unflatten(2, grid).contiguous() for output in outputs]
         taken: list[Any] = list(zip(outputs, prefixes, strict=True)) if return_prefix_tokens else outputs
-        return taken if intermediates_only else (self.norm(tokens), taken)
+        return taken if intermediates_only else (way.spread(self.norm(tokens)), taken)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -585,47 +527,81 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), each with LayerScale and DropPath; (B, N, C) to (B, N, C)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), each with LayerScale and DropPath; (B, N, C) to (B, N, C).
 
-    def __init__(self, c: ViTConfig, *, drop_path: float) -> None:
+    Args:
+        c: The model's options.
+        index: Which layer it is, from 0.
+    """
+
+    def __init__(self, c: ViTConfig, index: int) -> None:
         super().__init__()
+        drop_path = c.drop_path_rate * index / max(c.depth - 1, 1)
+        name = c.attention_names[index]
+        self.num_prefix = c.num_prefix_tokens
         self.norm1 = _norm(c)
-        self.attn = Attention(c)
+        self.attn = SelfAttention(c, index) if name == "self" else _token_layer(c, name, index)
+        self.turns = bool(TOKEN_LAYERS.info(name).get("rope"))
         self.ls1 = LayerScale(c.embed_dim, init_values=c.init_values) if c.init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = _norm(c)
-        self.mlp = _mlp(c, bias=c.proj_bias, drop=c.proj_drop_rate)
+        self.mlp = _mlp(c)
         self.ls2 = LayerScale(c.embed_dim, init_values=c.init_values) if c.init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the tokens after the block, (B, N, C)."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rotation | None = None,
+        grid: tuple[int, int] | None = None,
+        merging: TokenMerging | None = None,
+    ) -> Tensor:
+        """Returns the tokens after the block, (B, N, C), or fewer where they merge.
+
+        Args:
+            x: (B, N, C).
+            rope: The layer's rotary positions.
+            grid: (h, w) of the patches.
+            merging: How the tokens have merged so far.
+        """
+        given = {"merging": merging} if merging is not None else {}
+        rope = rope if self.turns else None
+        attended = self.attn(self.norm1(x), grid=grid, num_prefix=self.num_prefix, rope=rope, **given)
+        x = x + self.drop_path1(self.ls1(attended))
+        if merging is not None:
+            x = merging(x)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head, fused (Vaswani et al. 2017); (B, N, C) to (B, N, C)."""
+class SelfAttention(Attention):
+    """softmax(q k^T / sqrt(D)) v for each head (Vaswani et al. 2017), which merging can see; (B, N, C) to (B, N, C)."""
 
-    def __init__(self, c: ViTConfig) -> None:
-        super().__init__()
-        self.num_heads = c.num_heads
-        self.head_dim = c.embed_dim // c.num_heads
-        self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
-        self.q_norm = _norm(c, self.head_dim, when=c.qk_norm)
-        self.k_norm = _norm(c, self.head_dim, when=c.qk_norm)
-        self.attn_drop = nn.Dropout(c.attn_drop_rate)
-        self.proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.proj_bias)
-        self.proj_drop = nn.Dropout(c.proj_drop_rate)
+    def __init__(self, c: ViTConfig, index: int) -> None:
+        options = _attention_options(c, "self", index)
+        check_options("self", Attention, options)
+        super().__init__(c.embed_dim, **options)
+        if c.qkv_bias and not c.k_bias:
+            self.qkv = _UnbiasedKeys(c.embed_dim, sum(self.widths))
+            self.qkv.widths = self.widths
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the mixed tokens, (B, N, C)."""
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        dropout = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+    def forward(self, x: Tensor, *args: Any, merging: TokenMerging | None = None, **given: Any) -> Tensor:
+        """Returns the mixed tokens, (B, N, C); arguments are those of `layers.tokens.Attention`."""
+        if merging is None:
+            return super().forward(x, *args, **given)
+        q, k, v = self._project(x)
+        merging.see(k)
+        return self._finish(join_heads(self._mix(q, k, v, merging.bias)), x)
+
+
+class _UnbiasedKeys(nn.Linear):
+    """Queries, keys and values side by side, of which the keys have no bias: their part of it is there and not used."""
+
+    widths: tuple[int, ...]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns (B, N, widths)."""
+        of_q, of_k, of_v = self.bias.split(self.widths)
+        return F.linear(input, self.weight, torch.cat((of_q, torch.zeros_like(of_k), of_v)))
 
 
 class AttentionPool(nn.Module):
@@ -644,7 +620,7 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(c.embed_dim, 2 * c.embed_dim)
         self.proj = nn.Linear(c.embed_dim, c.embed_dim)
         self.norm = _norm(c)
-        self.mlp = _mlp(c, bias=True, drop=0.0)
+        self.mlp = Mlp(c.embed_dim, c.mlp_width, act_layer=ACTIVATIONS[c.act])
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns what the query collects, (B, C)."""
@@ -653,23 +629,6 @@ class AttentionPool(nn.Module):
         k, v = self.kv(x).reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, C))
         return x + self.mlp(self.norm(x))
-
-
-def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Returns the patches (h, w) in an image (H, W).
-
-    Raises:
-        UsageError: the patch does not divide the image; the message gives the nearest sizes that it does.
-    """
-    (height, width), (tall, wide) = image_size, patch_size
-    if height % tall or width % wide or not height or not width:
-        below = [max(side // step, 1) * step for side, step in ((height, tall), (width, wide))]
-        above = [-(-max(side, 1) // step) * step for side, step in ((height, tall), (width, wide))]
-        near = " or ".join(dict.fromkeys(f"{rows} x {columns}" for rows, columns in (below, above)))
-        raise UsageError(
-            f"expected image sides divisible by the patch {tall} x {wide}, got {height} x {width}: resize to {near}"
-        )
-    return height // tall, width // wide
 
 
 def sincos2d(grid: tuple[int, int], dim: int, *, temperature: float = 10_000.0) -> Tensor:
@@ -685,22 +644,103 @@ def sincos2d(grid: tuple[int, int], dim: int, *, temperature: float = 10_000.0) 
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Returns (height, width) from one number or two."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise UsageError(f"expected a positive size or (height, width), got {size}: give one number or two")
-    return pair[0], pair[1]
-
-
 def _norm(c: ViTConfig, dim: int | None = None, *, when: bool = True) -> nn.Module:
     return LayerNorm(dim or c.embed_dim, eps=c.norm_eps) if when else nn.Identity()
 
 
-def _mlp(c: ViTConfig, *, bias: bool, drop: float) -> nn.Module:
-    # Rounded, where timm truncates: a ratio that was read off a layer must give its width back.
-    hidden = round(c.embed_dim * c.mlp_ratio)
-    return Mlp(c.embed_dim, hidden, act_layer=ACTIVATIONS[c.act], bias=bias, drop=drop)
+def _mlp(c: ViTConfig) -> nn.Module:
+    norm: Any = partial(LayerNorm, eps=c.norm_eps) if c.scale_mlp_norm else None
+    bias, drop = c.proj_bias, c.proj_drop_rate
+    if c.mlp == "swiglu":
+        width = 2 * c.mlp_width
+        return GluMlp(c.embed_dim, width, act_layer=nn.SiLU, gate_last=False, norm_layer=norm, bias=bias, drop=drop)
+    return Mlp(c.embed_dim, c.mlp_width, act_layer=ACTIVATIONS[c.act], norm_layer=norm, bias=bias, drop=drop)
+
+
+def _token_layer(c: ViTConfig, name: str, index: int) -> nn.Module:
+    return create_token_layer(name, c.embed_dim, **_attention_options(c, name, index))
+
+
+def _attention_options(c: ViTConfig, name: str, index: int) -> dict[str, Any]:
+    """Returns what the attention of layer `index` is made with: the model's options that it has, and its own.
+
+    Raises:
+        UsageError: the model's options ask for something that it does not have.
+    """
+    common = {
+        "num_heads": c.num_heads,
+        "qkv_bias": c.qkv_bias,
+        "proj_bias": c.proj_bias,
+        "qk_norm": c.qk_norm,
+        "scale_norm": c.scale_attn_norm,
+        "norm_eps": c.norm_eps,
+        "attn_drop": c.attn_drop_rate,
+        "proj_drop": c.proj_drop_rate,
+        "grid_size": c.grid_size,
+        "depth": index,
+    }
+    plain = {"qkv_bias": True, "proj_bias": True, "qk_norm": False, "scale_norm": False, "attn_drop": 0.0}
+    known = inspect.signature(TOKEN_LAYERS.get(name)).parameters
+    for option, value in plain.items():
+        if option not in known and common[option] != value:
+            raise UsageError(
+                f"expected {option}={value} for layers of {name!r} attention, which have no other, "
+                f"got {common[option]}: change it, or the attention"
+            )
+    return {option: value for option, value in common.items() if option in known} | _tuples(
+        c.attention_options.get(name, {})
+    )
+
+
+def _rotary(c: ViTConfig) -> AxialRotary | MixedRotary | None:
+    if c.rope is None:
+        return None
+    options = _tuples(c.rope_options)
+    check_options(f"{c.rope} rotary positions", AxialRotary if c.rope == "axial" else MixedRotary, options)
+    if c.rope == "axial":
+        return AxialRotary(c.embed_dim // c.num_heads, **options)
+    return MixedRotary(c.embed_dim, c.num_heads, c.depth, **options)
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with tuples for lists, which JSON makes of them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _rotation_of(rotation: Rotation, kept: Tensor, num_prefix: int) -> Rotation:
+    """Returns the angles of the prefix and of the patches (B, n) that are left, (B, 1 or K, num_prefix + n, D)."""
+    places = torch.cat([torch.arange(num_prefix, device=kept.device).expand(len(kept), -1), kept + num_prefix], dim=1)
+    sin, cos = (
+        part[places][:, None] if part.ndim == 2 else part[:, places].transpose(0, 1)
+        for part in (rotation.sin, rotation.cos)
+    )
+    return Rotation(sin, cos, rotation.rotate_half)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What the blocks are told beside the tokens.
+
+    Args:
+        grid: (h, w).
+        rotations: The rotary positions of each layer.
+        merging: What merges the tokens; None where they stay.
+    """
+
+    grid: tuple[int, int]
+    rotations: Sequence[Rotation | None]
+    merging: TokenMerging | None = None
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Returns the tokens with one for every patch again, (B, N, C)."""
+        return tokens if self.merging is None else self.merging.spread(tokens)
+
+
+def _plain(value: Any) -> Any:
+    """Returns an option as JSON has it."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
 
 
 def _head(dim: int, num_classes: int) -> nn.Module:
@@ -722,83 +762,3 @@ def _pretrained_cfg(c: ViTConfig) -> dict[str, Any]:
         "first_conv": "patch_embed.proj" if c.stem == "patch" else "patch_embed.stem.0",
         "classifier": "head",
     }
-
-
-def _options_of(theirs: Any, name: str) -> dict[str, Any]:
-    """Returns the options that make our ViT the same network as a timm VisionTransformer.
-
-    Raises:
-        UsageError: it has parts that ours lacks.
-    """
-    if type(theirs) is not VisionTransformer:
-        kind = "a distillation token" if hasattr(theirs, "dist_token") else f"class {type(theirs).__name__}"
-        raise _refusal(name, [f"{kind} (only timm's VisionTransformer is read)"])
-    block = theirs.blocks[0]
-    if type(block) is not TimmBlock or type(theirs.patch_embed) is not TimmPatchEmbed:
-        raise _refusal(name, [type(block).__name__, type(theirs.patch_embed).__name__])
-    attn: Any = block.attn
-    mlp: Any = block.mlp
-    norm = block.norm1
-    activations = {kind: word for word, kind in ACTIVATIONS.items()}
-    lacking = {
-        f"attention {type(attn).__name__}": type(attn) is not TimmAttention,
-        "a norm or gate on the attention's output": not _absent(getattr(attn, "norm", None))
-        or getattr(attn, "gate", None) is not None,
-        f"MLP {type(mlp).__name__}": type(mlp) is not Mlp,
-        "a norm inside the MLP": not _absent(getattr(mlp, "norm", None)),
-        f"activation {type(getattr(mlp, 'act', None)).__name__}": type(getattr(mlp, "act", None)) not in activations
-        or getattr(mlp.act, "approximate", "none") != "none",
-        f"norm {type(norm).__name__}": type(norm) not in (LayerNorm, nn.LayerNorm),
-        "a norm in the patch embedding": not _absent(theirs.patch_embed.norm),
-        "padding of the image": theirs.patch_embed.dynamic_img_pad,
-        f"pooling {theirs.global_pool!r}": theirs.global_pool not in POOLINGS,
-        "pooling over prefix tokens": theirs.pool_include_prefix,
-    }
-    if any(lacking.values()):
-        raise _refusal(name, [part for part, absent in lacking.items() if absent])
-    final_norms = [not _absent(theirs.norm), not _absent(theirs.fc_norm)]
-    (rows, columns), patch = theirs.patch_embed.grid_size, theirs.patch_embed.patch_size
-    return {
-        # Some of timm's sizes leave a remainder that its convolution drops (384 with patch 14): take what it sees.
-        "img_size": (rows * patch[0], columns * patch[1]),
-        "patch_size": patch,
-        "in_chans": theirs.in_chans,
-        "num_classes": theirs.num_classes,
-        "embed_dim": theirs.embed_dim,
-        "depth": len(theirs.blocks),
-        "num_heads": attn.num_heads,
-        "mlp_ratio": mlp.fc1.out_features / theirs.embed_dim,
-        "qkv_bias": attn.qkv.bias is not None,
-        "proj_bias": attn.proj.bias is not None,
-        "qk_norm": not _absent(attn.q_norm),
-        "init_values": None if _absent(block.ls1) else block.ls1.init_values,
-        "class_token": theirs.has_class_token,
-        "reg_tokens": theirs.num_reg_tokens,
-        "no_embed_class": theirs.no_embed_class,
-        "pos_embed": "none" if theirs.pos_embed is None else "learn",
-        "global_pool": theirs.global_pool,
-        "pre_norm": not _absent(theirs.norm_pre),
-        "final_norm": any(final_norms),
-        "fc_norm": final_norms[1],
-        "act": activations[type(mlp.act)],
-        "norm_eps": norm.eps,
-    }
-
-
-def _refuse_other_keys(ours: nn.Module, theirs: nn.Module, name: str) -> None:
-    """Raises a UsageError where a timm model has parameters that ours would not, whatever part they belong to."""
-    mine, its = ({key: tuple(t.shape) for key, t in model.state_dict().items()} for model in (ours, theirs))
-    differing = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
-    if differing:
-        raise _refusal(name, [f"other parameters ({', '.join(differing[:5])}{', ...' if differing[5:] else ''})"])
-
-
-def _refusal(name: str, parts: Sequence[str]) -> UsageError:
-    return UsageError(
-        f"expected a timm model with parts that ViT has, got {name!r} with {', '.join(parts)}: "
-        f"use it as it is, timm.create_model({name!r})"
-    )
-
-
-def _absent(module: nn.Module | None) -> bool:
-    return module is None or isinstance(module, nn.Identity)

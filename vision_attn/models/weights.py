@@ -6,6 +6,7 @@ raises `CheckpointMismatchError` with the keys, before the model is touched.
 """
 
 import pickle
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,18 @@ INTERPOLATIONS = ("timm", "hf")
 # The usual places of a state dict inside a training checkpoint, and what wrappers put before each key.
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "teacher")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
+# What our ViT has in one tensor, and the names of its parts in timm's Eva, in order.
+_PARTS = (
+    ("attn.qkv.weight", ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")),
+    ("attn.qkv.bias", ("attn.q_proj.bias", "attn.k_proj.bias", "attn.v_proj.bias")),
+    ("attn.qkv.bias", ("attn.q_bias", "attn.k_bias", "attn.v_bias")),
+    ("mlp.fc1.weight", ("mlp.fc1_g.weight", "mlp.fc1_x.weight")),
+    ("mlp.fc1.bias", ("mlp.fc1_g.bias", "mlp.fc1_x.bias")),
+    ("ls1.gamma", ("gamma_1",)),
+    ("ls2.gamma", ("gamma_2",)),
+)
+# What may be absent: keys without a bias.
+_ZERO = ("attn.k_proj.bias", "attn.k_bias")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -49,6 +62,7 @@ class LoadReport:
         missing: Keys of the model that the checkpoint lacks, and which keep the values they had.
         unexpected: Keys of the checkpoint that the model lacks (only without `strict`).
         skipped: Keys of the checkpoint that the caller asked to leave out.
+        renamed: One line for each kind of key that our ViT has under another name (`to_our_names`).
         resampled: One line for each position embedding that was brought to another grid, with the interpolation.
         cast: One line for each change of dtype, with the number of tensors.
         unwrapped: What was taken off the checkpoint: containers ("state_dict") and prefixes ("module.").
@@ -58,13 +72,14 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
     resampled: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
     unwrapped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded"]
-        for word in ("missing", "unexpected", "skipped", "resampled", "cast", "unwrapped"):
+        for word in ("missing", "unexpected", "skipped", "renamed", "resampled", "cast", "unwrapped"):
             entries = getattr(self, word)
             if entries:
                 lines.append(f"{word}: {', '.join(entries)}")
@@ -197,6 +212,7 @@ def load_into(
     """Copies a checkpoint into our ViT or any timm model, and returns what was done. All or nothing.
 
     Tensors take the model's dtype and device. Position embeddings of ViT-like models are resampled to the model's grid.
+    Our ViT takes the keys of timm's Eva (EVA-02, DINOv3) too.
 
     Args:
         model: The model, which is changed in place.
@@ -226,6 +242,7 @@ def load_into(
     tensors, prefixes = _strip_wrapper_prefixes(state, target)
     skipped = tuple(key for key in tensors if key.startswith(tuple(skip)))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in skipped}
+    tensors, renamed = to_our_names(tensors, target)
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     tensors, resampled = fit_positions(model, tensors, interpolation=interpolation, source_grid=source_grid)
 
@@ -251,6 +268,7 @@ def load_into(
         missing=missing,
         unexpected=unexpected,
         skipped=skipped,
+        renamed=renamed,
         resampled=resampled,
         cast=tuple(f"{_name(a)} -> {_name(b)} ({n} tensors)" for (a, b), n in casts.items() if a != b),
         unwrapped=(*unwrapped, *prefixes),
@@ -269,6 +287,36 @@ def _strip_wrapper_prefixes(
             tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
             stripped.append(prefix)
     return tensors, tuple(stripped)
+
+
+def to_our_names(tensors: Mapping[str, Tensor], target: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Returns tensors of timm's Eva under the names of `target`, our ViT's state dict, and a line for each renaming.
+
+    LayerScale has other names there; queries, keys and values may be three layers, and gate and value two, which ours
+    has in one; and a bias may lack the keys' third, which is zero. What `target` calls alike, or not at all, stays.
+    """
+    renamed: dict[str, Tensor] = {}
+    lines: Counter[str] = Counter()
+    for key, tensor in tensors.items():
+        block, own, names = _own_name(key)
+        parts = [f"{block}{part}" for part in names]
+        ours, found = f"{block}{own}", [part for part in parts if part in tensors]
+        absent = [part for part in parts if part not in tensors and not part.endswith(_ZERO)]
+        if key in target or ours not in target or absent:
+            renamed[key] = tensor
+        elif ours not in renamed:
+            lines[f"{', '.join(part.removeprefix(block) for part in found)} -> {own}"] += 1
+            renamed[ours] = torch.cat([tensors.get(part, torch.zeros_like(tensor)) for part in parts])
+    return renamed, tuple(f"{line} ({count} times)" for line, count in lines.items())
+
+
+def _own_name(key: str) -> tuple[str, str, tuple[str, ...]]:
+    """Returns the block of a key of timm's Eva, "blocks.3.", our name of its part, and all names that it is made of."""
+    if match := re.match(r"(blocks\.\d+\.)(.+)$", key):
+        for own, parts in _PARTS:
+            if match[2] in parts:
+                return match[1], own, parts
+    return "", "", ()
 
 
 def fit_positions(
