@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     _add_explain(commands)
+    _add_layers(commands)
     return parser
 
 
@@ -114,10 +115,10 @@ def _add_explain(commands: Any) -> None:
         default="",
         metavar="KINDS",
         help="sheets of the first photos: methods (photos by methods), heads (layers by heads), patch (what one patch "
-        "attends to); several with commas",
+        "attends to), gates (what each block lets through, with the gates of channels); several with commas",
     )
     parser.add_argument("--sheet-photos", type=_positive, default=8, metavar="N", help="how many photos they show (8)")
-    parser.add_argument("--query-patch", type=_patch, metavar="ROW,COL", help="for --sheet patch (the middle one)")
+    parser.add_argument("--query-patch", type=_patch, metavar="ROW,COL", help="for --sheet patch (the middle), gates")
     parser.add_argument("--batch-size", type=_positive, default=16, help="photos a forward pass (16)")
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, mps")
     named = parser.add_argument_group("where MODEL is a name")
@@ -128,6 +129,23 @@ def _add_explain(commands: Any) -> None:
     named.add_argument("--classes", metavar="FILE", help="names of its classes, one a line (ImageNet's for 1,000)")
     named.add_argument("--image-size", type=_size, metavar="N|H,W", help="of its input (its own)")
     parser.set_defaults(carry_out=_explain)
+
+
+def _add_layers(commands: Any) -> None:
+    parser = commands.add_parser(
+        "layers",
+        help="attention blocks by name: what they gate, and what they cost",
+        description="Lists the blocks that create_layer and attach_attention take, and the attention on tokens that "
+        "the ViT encoder takes. Multiply-adds are those of convolutions and matrix products, for one image.",
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="some of them (all)")
+    parser.add_argument("--group", help="one of channel, spatial, hybrid, self_attention, multi_branch, tokens")
+    parser.add_argument("--channels", type=_positive, default=256, metavar="C", help="of the map or of a token (256)")
+    parser.add_argument("--size", type=_size, default=14, metavar="N|H,W", help="of the map or of the grid (14)")
+    parser.add_argument("--bench", action="store_true", help="measure time and memory on this machine, too")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="images a pass, for --bench (8)")
+    parser.add_argument("--device", default="auto", help="for --bench: auto (cuda where there is one), cpu, cuda")
+    parser.set_defaults(carry_out=_layers)
 
 
 class _ListMethods(argparse.Action):
@@ -221,6 +239,26 @@ def _explain(options: argparse.Namespace) -> int:
     for reason in looked.damaged.values():
         print(f"vision-attn: {reason}", file=sys.stderr)
     return 3 if looked.damaged else 0
+
+
+def _layers(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vision_attn.layers.tables import layer_tables
+
+    size = options.size if isinstance(options.size, list) else [options.size] * 2
+    # A pipe or a file has no width: nothing is cut off there.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for table in layer_tables(
+        options.names,
+        group=options.group,
+        channels=options.channels,
+        size=(size[0], size[-1]),
+        device=_device(options.device) if options.bench else None,
+        batch_size=options.batch_size,
+    ):
+        console.print(table)
+    return 0
 
 
 def _told(looked: Any) -> list[str]:

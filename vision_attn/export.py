@@ -1,7 +1,7 @@
-"""The artefact: one folder that anyone can load, with this package or with timm alone.
+"""The artefact: one folder that anyone can load, with this package or, where no blocks are attached, with timm alone.
 
 `config.json` is timm's, with the class names under timm's `label_names` and what timm has no word for (the exact
-preprocessing, the token layout) under `vision_attn`; `model.safetensors` are the network's weights.
+preprocessing, the token layout, attached blocks) under `vision_attn`; `model.safetensors` are the network's weights.
 """
 
 import json
@@ -64,6 +64,7 @@ def save_model(
             "version": __version__,
             "preprocessing": preprocessing.to_dict(),
             "layout": layout.to_dict() if layout else None,
+            "attention": getattr(model, "attached_attention", None),
             "versions": {"torch": torch.__version__, "timm": timm.__version__},
             **(facts or {}),
         },

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vision_attn.data.transforms import INTERPOLATIONS, Preprocessing, eval_transforms, image_hw
 from vision_attn.errors import UsageError
+from vision_attn.layers.attach import Attached, attach_all, attachments
 from vision_attn.layout import TokenLayout
 from vision_attn.models import presets
 from vision_attn.models.weights import LoadReport, load_into, load_state_dict_file
@@ -39,6 +41,7 @@ def create_model(
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     image_size: int | Sequence[int] | None = None,
     position_interpolation: str | None = None,
+    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Returns a network of timm's or ours (`va_vit_*`), on the CPU.
@@ -54,6 +57,8 @@ def create_model(
             any.
         position_interpolation: How a checkpoint's positions come to another grid: "timm" (antialiased) or "hf" (plain
             bicubic); see `models.weights.load_into`.
+        attention: Blocks to attach, as `{"name": "cbam", "where": "stages"}` or a list of such; see
+            `layers.attach.attach_attention`. A checkpoint may have their weights, or be the network's without them.
         options: What the network's constructor takes besides.
 
     Raises:
@@ -93,6 +98,9 @@ def create_model(
         ) from error
     if image_size is not None:
         _check_patches(model, name, image_hw(image_size))
+    if attention:
+        attach_all(model, attention, image_size=image_size)
+        log.info("%s: %s", name, attachments(model).line)
     if checkpoint is not None:
         report = load_checkpoint(model, checkpoint, position_interpolation=position_interpolation)
         for line in str(report).splitlines():
@@ -144,6 +152,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Copies a checkpoint into a network, all but a head of another number of classes, and returns what was done.
 
+    Attached blocks of which the checkpoint has nothing keep what they have.
+
     Raises:
         CheckpointMismatchError: anything but the head does not fit.
     """
@@ -153,7 +163,16 @@ def load_checkpoint(
     head_keys = [key for key in own if any(key == f"{head}.{part}" for head in heads for part in ("weight", "bias"))]
     fits = all(key in state and state[key].shape == own[key].shape for key in head_keys)
     left_out = () if fits else tuple(f"{head}." for head in heads)
-    return load_into(model, state, skip=left_out, allow_missing=left_out, interpolation=position_interpolation)
+    new = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, Attached) and not any(f"{name}." in key for key in state)
+    )
+    allowed = (*left_out, *new)
+    report = load_into(model, state, skip=left_out, allow_missing=allowed, interpolation=position_interpolation)
+    # A block is one entry, whatever it consists of.
+    missing = [key for key in report.missing if not key.startswith(new)] if new else report.missing
+    return replace(report, missing=(*missing, *(f"{name}*" for name in new)))
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -201,11 +220,13 @@ def load_model(folder: str | Path) -> nn.Module:
         classes = tuple(config["label_names"])
         preprocessing = Preprocessing.from_dict(ours["preprocessing"])
         layout = TokenLayout.from_dict(ours["layout"]) if ours["layout"] else None
+        attention = ours.get("attention")
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"expected preprocessing and layout in {folder / CONFIG_FILE}, got {error!r}: export the run again"
         ) from error
     model = create_model(config["architecture"], num_classes=config["num_classes"], **config.get("model_args", {}))
+    attach_all(model, attention or [])
     load_into(model, load_state_dict_file(folder / WEIGHTS_FILE))
     # Plain attributes: the state dict stays that of the network, so that timm loads the same file.
     model.classes = classes  # type: ignore[assignment]
@@ -368,12 +389,13 @@ def _open_run(path: Path) -> nn.Module:
             size, **{key: data[key] for key in ("resize_mode", "crop_pct", "interpolation") if key in data}
         )
         name, options = str(network["name"]), dict(network.get("options") or {})
+        attention = network.get("attention")
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"expected the config of a run in {config_file}, got {error!r}: give the run's own") from error
     content = load_state_dict_file(path, key="state_dict")
     state = {key.removeprefix("network."): tensor for key, tensor in content.items() if key.startswith("network.")}
     num_classes = _classes_of_head(name, state)
-    model = create_model(name, num_classes=num_classes, image_size=data["image_size"], **options)
+    model = create_model(name, num_classes=num_classes, image_size=data["image_size"], attention=attention, **options)
     load_into(model, state)
     own = resolve_model_data_config(model)
     model.classes = _classes_of_run(path, config_file.parent, int(model.num_classes))  # type: ignore

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from vision_attn.data.datamodule import Batch
 from vision_attn.data.transforms import normalize
 from vision_attn.errors import UsageError
+from vision_attn.layers.attach import attached_blocks
 from vision_attn.models.factory import create_model
 from vision_attn.training.optim import OptimConfig, create_optimizer, create_schedule
 
@@ -32,6 +33,8 @@ class Classifier(pl.LightningModule):
         checkpoint: Start from the weights in a file.
         position_interpolation: "timm" (antialiased) or "hf" (plain bicubic), for a checkpoint of another image size.
         options: What the network's constructor takes besides.
+        attention: Blocks to attach: `{name: cbam, where: stages}` and the block's options, or a list of such; see
+            `layers.attach.attach_attention`.
         optim: Optimizer and schedule.
         label_smoothing: Share of the target spread over all classes (Szegedy et al. 2016), in [0, 1).
         freeze: Names of modules, or beginnings of them ("patch_embed", "blocks.0."), whose weights stay as they are.
@@ -53,6 +56,7 @@ class Classifier(pl.LightningModule):
         checkpoint: str | None = None,
         position_interpolation: str | None = None,
         options: dict[str, Any] | None = None,
+        attention: dict[str, Any] | list[dict[str, Any]] | None = None,
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         label_smoothing: float = 0.1,
         freeze: list[str] | None = None,
@@ -71,12 +75,14 @@ class Classifier(pl.LightningModule):
             checkpoint=checkpoint,
             image_size=image_size,
             position_interpolation=position_interpolation,
+            attention=attention,
             **(options or {}),
         )
         self.position_interpolation = position_interpolation
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         freeze_modules(self.network, freeze or [])
+        _check_blocks_learn(self.network)
         if grad_checkpointing:
             switch = getattr(self.network, "set_grad_checkpointing", None)
             if not callable(switch):
@@ -202,6 +208,16 @@ def freeze_modules(network: nn.Module, beginnings: list[str]) -> None:
         raise UsageError(
             f"expected something left to train, got model.freeze {beginnings}, which covers all: shorten it"
         )
+
+
+def _check_blocks_learn(network: nn.Module) -> None:
+    """Refuses attached blocks that are frozen before they have learned anything: they would cost time for nothing."""
+    for place, name, block in attached_blocks(network):
+        if not any(parameter.requires_grad for parameter in block.parameters()) and block.does_nothing():
+            raise UsageError(
+                f"expected attached blocks that learn, got model.freeze, which covers the new one at {place}.{name}: "
+                "attach it elsewhere with where, or freeze less"
+            )
 
 
 def _metrics(num_classes: int) -> MetricCollection:

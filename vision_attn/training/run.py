@@ -100,6 +100,8 @@ _LIGHTNING_ADVICE: tuple[tuple[type[Warning], str], ...] = (
     (UserWarning, r".*Checkpoint directory .* exists and is not empty.*"),
     (UserWarning, r".*Consider setting `persistent_workers=True`.*"),
     (UserWarning, r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint.*"),
+    # What is frozen stays in evaluation mode, as `Classifier.train` says.
+    (UserWarning, r"Found \d+ module\(s\) in eval mode at the start of training.*"),
     (UserWarning, r".*LightningCLI's args parameter is intended to run from within Python.*"),
     # LightningCLI calls what jsonargparse will drop in its version 5.
     (DeprecationWarning, r"(?s).*JsonargparseDeprecationWarning"),
