@@ -13,6 +13,7 @@ from vision_attn.layers.attach import attach_attention
 from vision_attn.layers.base import LAYERS
 from vision_attn.layers.factory import create_layer, list_layers
 from vision_attn.layout import KeyPositions
+from vision_attn.look.sheets import layer_maps
 from vision_attn.reporting import ReportAttention, ReportGate
 
 
@@ -409,7 +410,24 @@ def test_an_attached_block_tells_how_much_of_it_is_let_in():
                 parameter.copy_(torch.linspace(-1, 1, len(parameter)))
     gained = explain(model, images, method="gates")
     assert 0.4 < gained.options["gain"] < 0.6
+    assert gained.options["turned"] == 0.5
     assert "gain" not in explain(net("sse"), noise(1, 3, 20, 28), method="gates").options
+
+
+@pytest.mark.parametrize("name", ["sse", "sge", "simam", "se"])
+def test_an_attached_gate_is_shown_as_what_the_networks_map_is_multiplied_with(name):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    attach_attention(model, name, where="layer2", image_size=64)
+    attached = next(module for module in model.modules() if hasattr(module, "gain"))
+    attached.gain.data.uniform_(-2, 0)  # the block works the other way round
+    attached.register_forward_pre_hook(lambda _, args: (args[0] + 1,))  # no zeros to divide by
+    seen = []
+    attached.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    result = explain(model, noise(2, 3, 64, 96), method="gates")
+    before, after = seen[0]
+    shown = after.mean(1) if name == "se" else (after / before).mean(1)
+    torch.testing.assert_close(result.maps, shown, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ blocks in an encoder
@@ -451,3 +469,27 @@ def test_blocks_that_mix_places_are_refused_by_products_of_token_attention(block
     for layer in (0, -1):
         maps = explain(model, images, method="raw", layer=layer).maps
         assert maps.shape == (1, 3, 4) and maps.sum() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "other", "what"),
+    [
+        ("a2", "block.gather", "block.distribute", "to descriptors"),
+        ("efficient", "block.gather", "block.distribute", "to descriptors"),
+        ("danet", "block.position", "block.channel", "between channels"),
+    ],
+)
+def test_raw_and_the_sheet_of_heads_show_the_attention_of_a_block_that_has_places(name, shown, other, what):
+    model, images = net(name), noise(2, 3, 20, 28)
+    maps = explain(model, images, method="raw").maps
+    assert torch.equal(maps, explain(model, images, method="raw", layer=shown).maps)
+    ((layer, heads),) = layer_maps(model, images[:1])
+    assert layer == shown
+    torch.testing.assert_close(heads.mean(0), maps[0])
+    with pytest.raises(UsageError, match=f"got attention {what} in '{other}': choose {shown}, or use gates or"):
+        explain(model, images, method="raw", layer=other)
+
+
+def test_raw_names_gates_where_a_block_attends_between_channels_alone():
+    with pytest.raises(UsageError, match="got attention between channels in 'block': use gates or"):
+        explain(net("xca"), noise(1, 3, 20, 28), method="raw")

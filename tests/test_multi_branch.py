@@ -142,7 +142,7 @@ def test_msca_is_the_papers_equation(options):
 @pytest.mark.parametrize(
     ("name", "channels", "options", "message"),
     [
-        ("sk", 8, {"paths": ()}, r"expected paths as \(kernel, dilation\) pairs, got none: give one pair or more"),
+        ("sk", 8, {"paths": ()}, r"expected paths as \(kernel, dilation\) pairs, got \(\): give one pair or more"),
         ("sk", 8, {"paths": (3, 5)}, r"expected paths as \(kernel, dilation\) pairs, got \(3, 5\): give"),
         ("sk", 8, {"paths": ((4, 1),)}, "expected a path's kernel as an odd number, got 4: use 3 or 5"),
         ("sk", 8, {"paths": ((3, 0),)}, "expected a path's dilation as a whole number of at least 1, got 0"),

@@ -224,12 +224,14 @@ def test_a_sheet_of_gates_has_a_row_for_each_block_and_bars_beside_channel_gates
         GateRow("layer1.se", "channel gate", torch.rand(4, 4), torch.rand(8), [(3, 0.75, torch.rand(4, 4))], gain=0.0),
         GateRow("layer2.sk", "gate among paths", torch.rand(4, 4), torch.rand(2, 8)),
         GateRow("layer3.cross", "attention", torch.rand(4, 4), asking=asking, gain=0.25),
+        GateRow("layer4.coord", "gate of channels and columns", torch.rand(4, 4)),
     ]
     path = gates_sheet(tmp_path / "gates.svg", image, rows, geometry=geometry, title="photo.jpg")
     text = text_of(path)
     for words in ("layer1.se", "channel gate", "gate of each channel", "channel 3", "gate 0.75", "gain 0: no effect"):
         assert words in text
     assert "layer3.cross" in text and "gain 0.25" in text and "hatched" not in text
+    assert "gate of channels and" in text and "columns" in text  # in two lines, not cut
     sheet = pixels(gates_sheet(tmp_path / "gates.png", image, rows, geometry=geometry))
     assert coloured(sheet, BLUE).any()
     # What the crop cut off is not on the sheet.

@@ -110,8 +110,8 @@ class KeyPositions:
     Args:
         grid: Places as (h, w), row by row.
         keys: (W, K), the place of every key of every window, or (W, Q, K) where each query has keys of its own
-            (criss-cross); -1 where it is padding or no part of the image. None where keys are channels: then each
-            channel has values at all places of the grid.
+            (criss-cross); -1 where it is padding or no part of the image, such as a descriptor of all of it. None where
+            keys are channels: then each channel has values at all places of the grid.
         queries: (W, Q), the same for the queries, on `query_grid`; None where queries are no places (latents,
             descriptors, channels) or it is not known.
         query_grid: The grid of the queries where it is another than that of the keys (pooled keys); else `grid`.
@@ -121,3 +121,8 @@ class KeyPositions:
     keys: Tensor | None
     queries: Tensor | None = None
     query_grid: tuple[int, int] | None = None
+
+    @property
+    def has_places(self) -> bool:
+        """Whether any key is a place: not where all are channels or descriptors."""
+        return self.keys is not None and bool((self.keys >= 0).any())

@@ -13,14 +13,16 @@ T = TypeVar("T")
 
 
 def close_names(name: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Returns up to `limit` of the `choices` that look like `name`, best first."""
-    return get_close_matches(name, list(choices), n=limit, cutoff=0.5)
+    """Returns up to `limit` of the `choices` that look like `name`, best first; capitals make no difference."""
+    choices = list(choices)
+    found = get_close_matches(name.casefold(), {choice.casefold() for choice in choices}, n=limit, cutoff=0.5)
+    return [choice for folded in found for choice in choices if choice.casefold() == folded][:limit]
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     """Returns the error for a `name` that is none of the `choices`; it offers close names, or a short list whole."""
     choices = sorted(choices)
-    close = close_names(name, choices)
+    close = close_names(str(name), choices)
     if close:
         advice = f"did you mean {' or '.join(map(repr, close))}?"
     elif len(choices) <= 40:
@@ -75,7 +77,7 @@ class Registry(Generic[T]):
         Raises:
             UsageError: there is none; the message offers close names.
         """
-        if name not in self._things:
+        if not isinstance(name, str) or name not in self._things:
             raise unknown(self.kind, name, self._things)
         return self._things[name]
 

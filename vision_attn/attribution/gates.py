@@ -34,6 +34,7 @@ class GateView:
         layer: What names this block alone: its name, or its place where another block stands for the name.
         gain: How much of the block the network lets in, the mean of absolute values, where it was attached with a gain
             of its own; None where it was not.
+        turned: The share of channels whose gain is negative, so that the block works the other way round in them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class GateView:
     strongest: tuple[Tensor, Tensor] | None = None
     layer: int | str = -1
     gain: float | None = None
+    turned: float = 0.0
 
 
 @METHODS.register("gates", class_specific=False, needs="gates")
@@ -70,8 +72,12 @@ def gates(
     their mean, or one `descriptor`. Channel attention A is shown as the channel gate that each channel receives from
     all, g_k = E_q A_qk, by the map that it weights.
 
-    Where the block was attached to a network with a gain of its own, the result's options say that `gain`, the mean of
-    its absolute values: at 0 the block has no effect, whatever it lets through.
+    Where the block was attached to a network with a gain of its own, x + gain (block(x) - x), the network's map is
+    multiplied with 1 + gain_k (g_k - 1), and that is shown in place of g, so that the highest is what passes most also
+    where the gain is negative; with several gates, each as if the others were 1. As long as the gain is 0 the block's
+    own gate is shown. The result's options say the `gain`, the mean of its absolute values (at 0 the block has no
+    effect, whatever it lets through), and `turned`, the share of channels in which it is negative: there a block that
+    attends, or chooses among paths, takes away what it shows.
 
     Source: each block's paper: Hu et al., CVPR 2018 (SE); Woo et al., ECCV 2018 (CBAM); Wang et al., CVPR 2020 (ECA);
     Huang et al., ICCV 2019 (criss-cross).
@@ -94,7 +100,7 @@ def gates(
     view = _chosen(see_gates(model, images, patch=lambda _: query_patch, head=head, descriptor=descriptor), layer)
     if isinstance(view.maps, UsageError):
         raise view.maps
-    gain = {} if view.gain is None else {"gain": view.gain}
+    gain = {} if view.gain is None else {"gain": view.gain, "turned": view.turned}
     return view.maps.expand(len(images), -1, -1), {"layer": view.layer, **gain}
 
 
@@ -120,7 +126,7 @@ def see_gates(
     Raises:
         AttentionNotFoundError: the network has no such blocks; the message names the methods that work without.
     """
-    look = _Reduction(patch, head, descriptor, strongest)
+    look = _Reduction(model, patch, head, descriptor, strongest)
     with AttentionCapture(model, keep=look, kinds=(*DEFAULT_KINDS, "gate")) as capture, torch.no_grad():
         model(images)
     others = " or ".join(working_methods("nothing"))
@@ -141,7 +147,7 @@ def see_gates(
     # A module can have two gates, of which the name stands for the last.
     alone = [_chosen(views, view.name) is view for view in views]
     return [
-        replace(view, layer=view.name if named else place, gain=_gain(model, view.name))
+        replace(view, layer=view.name if named else place, **_gain_of(model, view.name))
         for place, (view, named) in enumerate(zip(views, alone, strict=True))
     ]
 
@@ -150,6 +156,7 @@ def see_gates(
 class _Reduction:
     """Makes a view of each record while the model runs, so that no feature map is kept; see `see_gates`."""
 
+    model: nn.Module
     patch: Callable[[tuple[int, int] | None], Patch | None]
     head: int | None
     descriptor: int | None
@@ -162,7 +169,9 @@ class _Reduction:
                 return self._gate(record)
             if record.positions is None or record.positions.grid == (1, 1):
                 return None
-            return self._channels(record) if record.positions.keys is None else self._places(record)
+            if record.positions.keys is None:
+                return self._channels(record)
+            return self._places(record) if record.positions.has_places else None
         except UsageError as error:
             # Options for one block need not fit another: told where this one is asked for.
             return GateView(record.name, "attention" if record.kind != "gate" else "gate", error)
@@ -181,17 +190,22 @@ class _Reduction:
                     f"expected a block with attention for {option}, got a gate in {record.name!r}: leave {option} out, "
                     "or choose another layer"
                 )
+        what = _what(gate, features)
+        gain = _gain(self.model, record.name)
+        if gain is not None and gain.any() and gain.numel() == features.shape[1:-2].numel() and not _is_choice(gate):
+            gate = 1 + gain.to(gate).view(*features.shape[1:-2], 1, 1) * (gate - 1)
+            what += ", as attached"
         if gate.shape[-2:] != (1, 1):
             maps = gate.flatten(1, -3).mean(1).expand(-1, height, width).clone()
-            return GateView(record.name, _what(gate, features), maps)
-        if gate.dim() == 5 and ((gate.sum(1) - 1).abs() < _SUM_TO_ONE).all():
+            return GateView(record.name, what, maps)
+        if _is_choice(gate):
             maps = (gate * features).sum(1).mean(1)
-            return GateView(record.name, "gate among paths", maps, gate.flatten(2))
+            return GateView(record.name, what, maps, gate.flatten(2))
         if gate.dim() == 5:  # groups of channels
             gate, features = gate.expand(*features.shape[:3], 1, 1).flatten(1, 2), features.flatten(1, 2)
         gated = gate * features
         channels = gate.flatten(1)
-        return GateView(record.name, "channel gate", gated.mean(1), channels, self._top(channels, gated))
+        return GateView(record.name, what, gated.mean(1), channels, self._top(channels, gated))
 
     def _places(self, record: AttentionRecord) -> GateView:
         """Returns the view of attention to places."""
@@ -242,8 +256,15 @@ class _Reduction:
             )
 
 
+def _is_choice(gate: Tensor) -> bool:
+    """Whether a gate chooses among paths: its shares sum to 1."""
+    return gate.dim() == 5 and gate.shape[-2:] == (1, 1) and bool(((gate.sum(1) - 1).abs() < _SUM_TO_ONE).all())
+
+
 def _what(gate: Tensor, features: Tensor) -> str:
-    """Returns what a gate with places is called."""
+    """Returns what a gate is called."""
+    if gate.shape[-2:] == (1, 1):
+        return "gate among paths" if _is_choice(gate) else "channel gate"
     if gate.shape[1:-2].numel() == 1:
         return "spatial gate"
     for dim, places in ((-1, "rows"), (-2, "columns")):
@@ -264,11 +285,17 @@ def _chosen(views: list[GateView], layer: int | str) -> GateView:
     return views[layer]
 
 
-def _gain(model: nn.Module, name: str) -> float | None:
-    """Returns the mean absolute gain of the nearest module around a block that has one, None where there is none."""
+def _gain_of(model: nn.Module, name: str) -> dict[str, Any]:
+    """Returns what a view says of the gain of the block called `name`."""
+    gain = _gain(model, name)
+    return {} if gain is None else {"gain": float(gain.abs().mean()), "turned": float((gain < 0).float().mean())}
+
+
+def _gain(model: nn.Module, name: str) -> Tensor | None:
+    """Returns the gain (C,) of the nearest module around a block that has one, None where there is none."""
     parts = name.split(".")
     for length in reversed(range(len(parts))):
         around = model.get_submodule(".".join(parts[:length]))
         if hasattr(around, "gain"):
-            return float(around.gain.detach().abs().mean()) if isinstance(around.gain, Tensor) else None
+            return around.gain.detach() if isinstance(around.gain, Tensor) else None
     return None

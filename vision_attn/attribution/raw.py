@@ -44,6 +44,7 @@ def raw(
         layout: The tokens' layout; None to find it from the model.
         layer: A place in the order in which attention runs, from 0, or from the end with -1; or a module's name. In a
             model with a MAP head the last is the head; in the layers before it the mean of the patches' rows is shown.
+            Attention of a block that says that its keys are no places, but channels or descriptors, is not counted.
         head: One head, from 0; None fuses all of them.
         head_fusion: "mean", "max" or "min" over the heads.
         query_patch: (row, column) of the patch whose row is shown, in place of the image's answer; on the grid of the
@@ -56,7 +57,7 @@ def raw(
     check_fusion(head_fusion)
     records = captured(model, images)
     record = _chosen(records, layer)
-    if record.kind == "channel":
+    if not _may_have_places(record):
         raise _no_places(records, record)
     if head is not None and not (type(head) is int and 0 <= head < record.num_heads):
         raise UsageError(f"expected a head from 0 to {record.num_heads - 1} in {record.name!r}, got {head}: choose one")
@@ -151,13 +152,20 @@ def _received(record: AttentionRecord, shares: Tensor, head_fusion: HeadFusion, 
     return torch.cat(parts)
 
 
+def _may_have_places(record: AttentionRecord) -> bool:
+    """Whether keys may be places: they are not where they are channels, or descriptors as a block says."""
+    return record.kind != "channel" and (record.positions is None or record.positions.has_places)
+
+
 def _no_places(records: list[AttentionRecord], record: AttentionRecord) -> UsageError:
-    """Returns the error for a layer whose attention is between channels."""
-    layers = [other.name for other in records if other.kind != "channel"]
+    """Returns the error for a layer whose attention is between channels, or to descriptors."""
+    layers = [other.name for other in records if _may_have_places(other)]
     others = f"choose {' or '.join(layers[:4])}{' ...' * (len(layers) > 4)}, or " if layers else ""
+    methods = working_methods("nothing") if record.positions is None else ["gates", *working_methods("nothing")]
+    what = "between channels" if record.kind == "channel" else "to descriptors"
     return UsageError(
-        f"expected attention between places, got attention between channels in {record.name!r}: {others}"
-        f"use {' or '.join(working_methods('nothing'))}"
+        f"expected attention between places, got attention {what} in {record.name!r}: {others}"
+        f"use {' or '.join(methods)}"
     )
 
 
@@ -168,6 +176,7 @@ def _chosen(records: list[AttentionRecord], layer: Any) -> AttentionRecord:
         if not named:
             raise unknown("layer", layer, [record.name for record in records])
         return named[-1]
-    if type(layer) is not int or not -len(records) <= layer < len(records):
-        raise UsageError(f"expected a layer from 0 to {len(records) - 1} (or -1 for the last), got {layer}: choose one")
-    return records[layer]
+    counted = [record for record in records if record.positions is None or record.positions.has_places] or records
+    if type(layer) is not int or not -len(counted) <= layer < len(counted):
+        raise UsageError(f"expected a layer from 0 to {len(counted) - 1} (or -1 for the last), got {layer}: choose one")
+    return counted[layer]

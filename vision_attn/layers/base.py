@@ -8,8 +8,11 @@ A block is a module (B, C, H, W) -> (B, C, H, W). Adding one takes three lines:
 """
 
 import inspect
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,15 +33,40 @@ def hidden_width(channels: int, reduction: int, *, minimum: int = 1) -> int:
 
 def check_divides(part: str, value: int, channels: int) -> None:
     """Raises a UsageError unless `value` (groups, heads: named by `part`) is at least 1 and divides the channels."""
-    if not isinstance(value, int) or value < 1 or channels % value:
+    if type(value) is not int or value < 1 or channels % value:
         near = [number for number in range(1, channels + 1) if channels % number == 0]
         raise UsageError(f"expected {part} to divide {channels} channels, got {value!r}: use one of {near}")
 
 
-def check_positive(part: str, value: int) -> None:
-    """Raises a UsageError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"expected {part} as a whole number of at least 1, got {value!r}: correct it")
+def check_positive(part: str, value: int, *, least: int = 1) -> None:
+    """Raises a UsageError unless `value` is a whole number of at least 1, or of another `least`."""
+    if type(value) is not int or value < least:
+        raise UsageError(f"expected {part} as a whole number of at least {least}, got {value!r}: correct it")
+
+
+def check_number(part: str, value: float) -> None:
+    """Raises a UsageError unless `value` is a finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UsageError(f"expected {part} as a number, got {value!r}: correct it")
+
+
+def check_choice(part: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises a UsageError unless `value` is one of the `choices` for `part`."""
+    if value not in choices:
+        raise unknown(part, value, choices)
+
+
+def check_size(value: Any, advice: str) -> tuple[int, int]:
+    """Returns a map's size, (H, W), that was given as `feature_size`.
+
+    Raises:
+        UsageError: it is none; the message ends with the `advice`.
+    """
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise UsageError(f"expected feature_size=(H, W), got {value!r}: {advice}")
+    for side in value:
+        check_positive("each side of feature_size", side)
+    return value[0], value[1]
 
 
 def check_map(x: Tensor, channels: int) -> None:
@@ -86,7 +114,6 @@ class SafeBatchNorm2d(nn.BatchNorm2d):
     evaluation and all other batches are `nn.BatchNorm2d`'s.
 
     Example:
-        >>> import torch
         >>> SafeBatchNorm2d(8).train()(torch.zeros(1, 8, 1, 1)).shape
         torch.Size([1, 8, 1, 1])
     """
@@ -98,14 +125,39 @@ class SafeBatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def check_options(name: str, layer: type[nn.Module], options: dict[str, Any]) -> None:
-    """Raises a UsageError where `layer`, called `name`, has no such option; all but its first parameter are options."""
+class SafeGroupNorm(nn.GroupNorm):
+    """Group normalisation that also takes one value a group, which it turns into the bias.
+
+    torch refuses them if there is one image, in evaluation too; a 1 x 1 map has such groups. All else is
+    `nn.GroupNorm`'s.
+
+    Example:
+        >>> SafeGroupNorm(8, 8)(torch.ones(1, 8, 1, 1)).abs().max().item()
+        0.0
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the normalised map, of the shape of the input."""
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def check_options(name: str, layer: type[nn.Module], options: dict[str, Any], *, beside: Sequence[str] = ()) -> None:
+    """Raises a UsageError where `layer`, called `name`, has no such option; all but its first parameter are options.
+
+    `beside` are other words that may have been meant.
+
+    Switches must be true or false: any other value is one of them to Python, and "false" is true.
+    """
     parameters = list(inspect.signature(layer).parameters.values())
     known = [parameter.name for parameter in parameters[1:] if parameter.kind is not parameter.VAR_KEYWORD]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     for option in options:
         if option not in known:
-            if not known:
+            if not known and not beside:
                 raise UsageError(f"expected no options for {name}, got {option}: leave it out")
-            raise unknown(f"option of {name}", option, known)
+            raise unknown(f"option of {name}", option, [*known, *beside])
+    for parameter in parameters[1:]:
+        value = options.get(parameter.name, parameter.default)
+        if parameter.annotation is bool and parameter.name in options and not isinstance(value, bool):
+            raise UsageError(f"expected {parameter.name} of {name} as true or false, got {value!r}: choose one")

@@ -14,8 +14,10 @@ from vision_attn.layers.base import (
     LAYERS,
     SafeBatchNorm2d,
     check_map,
+    check_number,
     check_odd,
     check_positive,
+    check_size,
     fitting_groups,
     hidden_width,
 )
@@ -131,7 +133,7 @@ class ECA(nn.Module):
         k_size: k itself, an odd number; left out, it is computed.
 
     Raises:
-        UsageError: k_size is even, or gamma is 0.
+        UsageError: k_size is even, gamma is 0, or gamma or b is no number.
 
     Example:
         >>> ECA(256).conv.kernel_size
@@ -140,6 +142,8 @@ class ECA(nn.Module):
 
     def __init__(self, channels: int, *, gamma: float = 2, b: float = 1, k_size: int | None = None) -> None:
         super().__init__()
+        check_number("gamma", gamma)
+        check_number("b", b)
         if gamma == 0:
             raise UsageError(f"expected gamma other than 0, got {gamma}: leave it out for the paper's 2")
         if k_size is None:
@@ -214,9 +218,11 @@ class GE(nn.Module):
                 f"extent={extent}, extra_params={extra_params}, feature_size={feature_size}: "
                 + ("give the maps' size or an extent" if whole else "leave it out")
             )
+        check_positive("reduction", reduction)
         self.channels = channels
         self.extent = extent
-        self.feature_size = None if feature_size is None else (feature_size[0], feature_size[1])
+        advice = "give the size of the maps that the learned gather will see"
+        self.feature_size = None if feature_size is None else check_size(feature_size, advice)
         self.gather = self._gather(extra_params)
         self.mlp = _bottleneck(channels, reduction) if use_mlp else nn.Identity()
         self.report = ReportGate()
@@ -273,7 +279,10 @@ class GCT(nn.Module):
 
     Args:
         channels: C.
-        epsilon: eps.
+        epsilon: eps, above 0.
+
+    Raises:
+        UsageError: epsilon is not above 0.
 
     Example:
         >>> x = torch.randn(2, 64, 7, 9)
@@ -283,6 +292,9 @@ class GCT(nn.Module):
 
     def __init__(self, channels: int, *, epsilon: float = 1e-5) -> None:
         super().__init__()
+        check_number("epsilon", epsilon)
+        if epsilon <= 0:
+            raise UsageError(f"expected epsilon above 0, got {epsilon}: flat maps would divide by it")
         self.channels = channels
         self.epsilon = epsilon
         self.alpha = nn.Parameter(torch.ones(1, channels, 1, 1))

@@ -13,7 +13,10 @@ from vision_attn.errors import UsageError
 from vision_attn.layers.base import (
     LAYERS,
     SafeBatchNorm2d,
+    SafeGroupNorm,
+    check_choice,
     check_map,
+    check_number,
     check_odd,
     check_positive,
     fitting_groups,
@@ -24,28 +27,6 @@ from vision_attn.reporting import ReportGate
 
 Fusion = Literal["add", "max"]
 Arrangement = Literal["parallel", "sequential"]
-
-
-class SafeGroupNorm(nn.GroupNorm):
-    """Group normalisation that also takes one value a group, which it turns into the bias.
-
-    torch refuses them if there is one image, in evaluation too; a 1 x 1 map has such groups. All else is
-    `nn.GroupNorm`'s.
-
-    Example:
-        >>> SafeGroupNorm(8, 8)(torch.ones(1, 8, 1, 1)).abs().max().item()
-        0.0
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the normalised map, of the shape of the input."""
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises a UsageError unless `value` is one of the `choices` for `option`."""
-    if value not in choices:
-        raise UsageError(f"expected {option} of {', '.join(choices)}, got {value!r}: choose one of them")
 
 
 @LAYERS.register(
@@ -200,7 +181,7 @@ class SCSE(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 2, fusion: Fusion = "add") -> None:
         super().__init__()
         check_positive("reduction", reduction)
-        _check_choice("fusion", fusion, get_args(Fusion))
+        check_choice("fusion", fusion, get_args(Fusion))
         self.channels = channels
         self.fusion = fusion
         hidden = hidden_width(channels, reduction)
@@ -367,7 +348,8 @@ class SimAM(nn.Module):
 
     def __init__(self, channels: int, *, e_lambda: float = 1e-4) -> None:
         super().__init__()
-        if not e_lambda > 0:
+        check_number("e_lambda", e_lambda)
+        if e_lambda <= 0:
             raise UsageError(f"expected e_lambda above 0, got {e_lambda}: constant maps would divide by it")
         self.channels = channels
         self.e_lambda = e_lambda
@@ -478,7 +460,7 @@ class PolarizedSelfAttention(nn.Module):
 
     def __init__(self, channels: int, *, arrangement: Arrangement = "parallel") -> None:
         super().__init__()
-        _check_choice("arrangement", arrangement, get_args(Arrangement))
+        check_choice("arrangement", arrangement, get_args(Arrangement))
         self.channels = channels
         self.arrangement = arrangement
         self.channel = _PolarizedChannelGate(channels)

@@ -64,10 +64,9 @@ class SelectiveKernel(nn.Module):
         min_width: int = 32,
     ) -> None:
         super().__init__()
-        if not paths or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in paths):
-            raise UsageError(
-                f"expected paths as (kernel, dilation) pairs, got {paths or 'none'}: give one pair or more"
-            )
+        pairs = list(paths) if isinstance(paths, Sequence) else []
+        if not pairs or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise UsageError(f"expected paths as (kernel, dilation) pairs, got {paths!r}: give one pair or more")
         check_positive("reduction", reduction)
         check_positive("min_width", min_width)
         groups = fitting_groups("groups", groups, channels, 32)
@@ -204,6 +203,8 @@ class MSCA(nn.Module):
     def __init__(self, channels: int, *, kernel_size: int = 5, strips: Sequence[int] = (7, 11, 21)) -> None:
         super().__init__()
         check_odd("kernel_size", kernel_size)
+        if not isinstance(strips, Sequence):
+            raise UsageError(f"expected strips as a list of lengths, got {strips!r}: write [{strips}]")
         for length in strips:
             check_odd("a strip's length", length)
 

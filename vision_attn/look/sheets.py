@@ -143,7 +143,7 @@ def layer_maps(
     """Returns what each head of each layer attends to in one image: names, and maps (heads, h, w).
 
     In layers of global attention what the image's answer attends to, elsewhere what each place receives. Attention
-    between channels has no places and is left out.
+    between channels, or to descriptors, has no places and is left out.
 
     Args:
         model: Any model with attention on a grid.
@@ -163,9 +163,9 @@ def layer_maps(
     first: tuple[int, int] | None = None
     for record in captured(model, images):
         placed = record.positions is not None
-        if record.kind == "channel" or (
-            record.kind == "cross" and query_patch is not None and layout is not None and not placed
-        ):
+        if record.kind == "channel" or (record.positions is not None and not record.positions.has_places):
+            continue
+        if record.kind == "cross" and query_patch is not None and layout is not None and not placed:
             continue
         if _is_global(record, layout):
             assert layout is not None
@@ -256,6 +256,7 @@ def _gate_row(
         strongest=strongest,
         asking=asking,
         gain=view.gain,
+        turned=view.turned,
     )
 
 

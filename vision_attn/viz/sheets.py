@@ -1,6 +1,7 @@
 """Sheets that compare maps: photos by methods, layers by heads, what one patch sees, what blocks let through."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class GateRow:
         strongest: channels with the largest gates: number, gate, and what it lets through (h, w).
         asking: (h, w) true at the place whose attention the map is; None where it is that of all.
         gain: how much of the block the network lets in; None where it has no such number.
+        turned: the share of channels in which it works the other way round.
     """
 
     name: str
@@ -56,6 +58,7 @@ class GateRow:
     strongest: Sequence[tuple[int, float, Map]] = ()
     asking: Map | None = None
     gain: float | None = None
+    turned: float = 0.0
 
 
 def methods_sheet(
@@ -263,8 +266,9 @@ def gates_sheet(
         return Panel(_cropped(picture, drawn.seen), caption=(*caption, " to ".join(filter(None, drawn.ends))))
 
     for row in rows:
-        gain = () if row.gain is None else (f"gain {row.gain:.3g}{': no effect' * (row.gain == 0)}",)
-        panels.append([panel(row.map, row.asking, row.what, *gain)])
+        gain = () if row.gain is None else _gain_lines(row.gain, row.turned)
+        # A longer line would be cut, and with it whether a gate differs by rows or by columns.
+        panels.append([panel(row.map, row.asking, *textwrap.wrap(row.what, 20), *gain)])
         if row.channels is not None:
             height = round(cell * photo.shape[0] / max(photo.shape[:2]))
             bars = bars_picture(row.channels, width=2 * cell, height=max(height, cell // 2))
@@ -279,6 +283,11 @@ def gates_sheet(
         cell=cell,
         footer=_common_legend(drawings, 2 * cell),
     )
+
+
+def _gain_lines(gain: float, turned: float) -> tuple[str, ...]:
+    """Returns the lines that say how a block enters its network."""
+    return (f"gain {gain:.3g}{': no effect' * (gain == 0)}", *(f"negative in {turned:.0%}" for _ in range(turned > 0)))
 
 
 def _marked(picture: NDArray[np.uint8], patch: NDArray[np.bool_], thickness: int) -> NDArray[np.uint8]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_attn.layers.base import LAYERS, check_map, check_positive, fitting_groups, hidden_width
+from vision_attn.layers.base import LAYERS, check_choice, check_map, check_positive, fitting_groups, hidden_width
 from vision_attn.layout import KeyPositions
-from vision_attn.registry import unknown
 from vision_attn.reporting import ReportAttention
 
 Combine = Literal["serial", "sum"]
@@ -128,8 +127,7 @@ class Axial(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int | None = None, combine: Combine = "serial") -> None:
         super().__init__()
-        if combine not in get_args(Combine):
-            raise unknown("way to combine axes", combine, get_args(Combine))
+        check_choice("way to combine axes", combine, get_args(Combine))
         self.channels, self.combine = channels, combine
         heads = fitting_groups("num_heads", num_heads, channels, 8)
         self.height = AxisAttention(channels, "height", num_heads=heads)

@@ -51,12 +51,13 @@ class Distribute(nn.Module):
     """A map of which each place has a mean of the descriptors, weighed by a softmax over them.
 
     Args:
+        num_descriptors: M.
         num_heads: h.
     """
 
-    def __init__(self, num_heads: int = 1) -> None:
+    def __init__(self, num_descriptors: int, num_heads: int = 1) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_descriptors, self.num_heads = num_descriptors, num_heads
 
     def forward(self, scores: Tensor, descriptors: Tensor) -> Tensor:
         """Returns the map, (B, h d, H, W).
@@ -67,6 +68,11 @@ class Distribute(nn.Module):
         """
         weights = scores.flatten(2).unflatten(1, (self.num_heads, -1)).softmax(2)
         return (descriptors @ weights).reshape(len(scores), -1, *scores.shape[2:])
+
+    def key_positions(self, height: int, width: int) -> KeyPositions:
+        """Returns that every place asks, of descriptors that lie nowhere (-1)."""
+        nowhere = torch.full((1, self.num_descriptors // self.num_heads), -1)
+        return KeyPositions((height, width), keys=nowhere, queries=torch.arange(height * width)[None])
 
 
 def _from_everywhere(height: int, width: int) -> KeyPositions:
@@ -160,7 +166,7 @@ class DoubleAttention(nn.Module):
         self.gathering = nn.Conv2d(channels, number, 1)
         self.distributing = nn.Conv2d(channels, number, 1)
         self.gather = Gather()
-        self.distribute = Distribute()
+        self.distribute = Distribute(number)
         self.expand = nn.Conv2d(width, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,7 +229,7 @@ class Efficient(nn.Module):
         self.keys = nn.Conv2d(channels, keys, 1)
         self.values = nn.Conv2d(channels, values, 1)
         self.gather = Gather(num_heads)
-        self.distribute = Distribute(num_heads)
+        self.distribute = Distribute(keys, num_heads)
         self.expand = nn.Conv2d(values, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:

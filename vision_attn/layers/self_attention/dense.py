@@ -15,7 +15,9 @@ from vision_attn.layers.base import (
     LAYERS,
     SafeBatchNorm2d,
     check_map,
+    check_number,
     check_positive,
+    check_size,
     fitting_groups,
     hidden_width,
 )
@@ -57,6 +59,7 @@ class NonLocal(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 2, scale: float = 1.0) -> None:
         super().__init__()
         check_positive("reduction", reduction)
+        check_number("scale", scale)
         self.channels, self.scale = channels, scale
         hidden = hidden_width(channels, reduction)
         self.theta = nn.Conv2d(channels, hidden, 1)
@@ -220,15 +223,9 @@ class BoT(nn.Module):
         scale_pos_embed: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(feature_size, Sequence) or len(feature_size) != 2:
-            raise UsageError(
-                f"expected feature_size=(H, W), got {feature_size}: give the size of the maps that bot will see, its "
-                "positions are learned for one size"
-            )
-        for side in feature_size:
-            check_positive("each side of feature_size", side)
+        advice = "give the size of the maps that bot will see, its positions are learned for one size"
+        self.feature_size = check_size(feature_size, advice)
         self.channels, self.scale_pos_embed = channels, scale_pos_embed
-        self.feature_size = (feature_size[0], feature_size[1])
         self.num_heads = fitting_groups("num_heads", num_heads, channels, 4)
         self.scale = (channels // self.num_heads) ** -0.5
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)

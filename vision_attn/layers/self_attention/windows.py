@@ -84,7 +84,7 @@ class Window(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("window_size", window_size)
-        if not isinstance(shift, int) or not 0 <= shift < window_size:
+        if type(shift) is not int or not 0 <= shift < window_size:
             raise UsageError(f"expected a shift from 0 to {window_size - 1}, got {shift!r}: use {window_size // 2}")
         self.channels, self.window_size, self.shift = channels, window_size, shift
         self.num_heads = fitting_groups("num_heads", num_heads, channels, hidden_width(channels, 32))
@@ -202,8 +202,7 @@ class Halo(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("block_size", block_size)
-        if not isinstance(halo_size, int) or halo_size < 0:
-            raise UsageError(f"expected halo_size as a whole number of at least 0, got {halo_size!r}: correct it")
+        check_positive("halo_size", halo_size, least=0)
         self.channels, self.block_size, self.halo_size = channels, block_size, halo_size
         self.num_heads = fitting_groups("num_heads", num_heads, channels, 8)
         self.scale_pos_embed, self.mask_padding = scale_pos_embed, mask_padding
