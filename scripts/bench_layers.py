@@ -22,6 +22,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from timm import layers as timm_layers
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.cbam import CbamModule
+from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn
+from timm.layers.halo_attn import HaloAttn
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
 from timm.models.xcit import XCA as TimmXCA
 from torch import Tensor, nn
@@ -55,35 +59,37 @@ class OnMap(nn.Module):
         return out.permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
 
 
-def pairs(c: int) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Returns ours and timm's of each block that both have, with the same widths, heads and sizes."""
+def pairs(c: int) -> dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
+    """Returns what makes ours and timm's of each block that both have, with the same widths, heads and sizes."""
     t: Any = timm_layers
-    made: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    return {
         "se": (lambda: create_layer("se", c), lambda: t.SEModule(c, rd_channels=c // 16)),
         "ese": (lambda: create_layer("ese", c), lambda: t.EffectiveSEModule(c)),
         "eca": (lambda: create_layer("eca", c), lambda: t.EcaModule(c)),
-        "cbam": (lambda: create_layer("cbam", c), lambda: t.CbamModule(c, rd_channels=c // 16, mlp_bias=True)),
+        "cbam": (lambda: create_layer("cbam", c), lambda: CbamModule(c, rd_channels=c // 16, mlp_bias=True)),
         "gc": (
             lambda: create_layer("gc", c),
             lambda: t.GlobalContext(c, fuse_add=True, fuse_scale=False, rd_ratio=1 / 16),
         ),
-        "coord": (lambda: create_layer("coord", c), lambda: t.CoordAttn(c, rd_channels=max(8, c // 32), bias=True)),
-        "ela": (lambda: create_layer("ela", c), lambda: t.EfficientLocalAttn(c)),
+        "coord": (lambda: create_layer("coord", c), lambda: CoordAttn(c, rd_channels=max(8, c // 32), bias=True)),
+        "ela": (lambda: create_layer("ela", c), lambda: EfficientLocalAttn(c)),
         "non_local": (lambda: create_layer("non_local", c), lambda: t.NonLocalAttn(c, rd_ratio=1 / 2)),
-        "bot": (lambda: create_layer("bot", c, feature_size=SIZE), lambda: t.BottleneckAttn(c, feat_size=SIZE)),
+        "bot": (lambda: create_layer("bot", c, feature_size=SIZE), lambda: BottleneckAttn(c, feat_size=SIZE)),
         "halo": (
             lambda: create_layer("halo", c, block_size=7, num_heads=8),
-            lambda: t.HaloAttn(c, num_heads=8, block_size=7, halo_size=3),
+            lambda: HaloAttn(c, num_heads=8, block_size=7, halo_size=3),
         ),
         "window": (
             lambda: create_layer("window", c, num_heads=8),
             lambda: OnMap(TimmWindowAttention(c, num_heads=8, window_size=7), 7),
         ),
         "xca": (lambda: create_layer("xca", c, num_heads=8), lambda: OnMap(TimmXCA(c, num_heads=8))),
-        "sk": (lambda: create_layer("sk", c, groups=32), lambda: t.SelectiveKernel(c, c, groups=32, split_input=False)),
-        "split_attn": (lambda: create_layer("split_attn", c), lambda: t.SplitAttn(c)),
+        "sk": (
+            lambda: create_layer("sk", c, groups=32),
+            lambda: t.SelectiveKernel(c, c, groups=32, split_input=False, rd_channels=max(c // 16, 32)),
+        ),
+        "split_attn": (lambda: create_layer("split_attn", c), lambda: t.SplitAttn(c, norm_layer=nn.BatchNorm2d)),
     }  # fmt: skip
-    return {name: (ours(), theirs()) for name, (ours, theirs) in made.items()}
 
 
 def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -127,11 +133,12 @@ def beside_timm(only: list[str], channels: int, batch_size: int, repeats: int, d
     for name in ("block", "parameters", "forward", "+ backward", "(spread)", "memory", f"within {TARGET}"):
         table.add_column(name, justify="left" if name == "block" else "right", no_wrap=True)
     maps = torch.randn(batch_size, channels, *SIZE, device=device)
-    for name, (ours, theirs) in pairs(channels).items():
+    for name, (make_ours, make_theirs) in pairs(channels).items():
         if only and name not in only:
             continue
+        ours, theirs = make_ours().to(device), make_theirs().to(device)
         runs, memory = {}, []
-        for side, block in (("ours", ours.to(device)), ("timm", theirs.to(device))):
+        for side, block in (("ours", ours), ("timm", theirs)):
             forward, training = passes(block, maps)
             runs[f"{side} forward"], runs[f"{side} training"] = timed(forward, device), timed(training, device)
             memory.append(peak_memory(training, device))
@@ -151,11 +158,12 @@ def beside_timm(only: list[str], channels: int, batch_size: int, repeats: int, d
     return table
 
 
-def growth(dim: int, repeats: int, device: torch.device, plot: Path | None, only: list[str]) -> Table:
+def growth(dim: int, images: int, repeats: int, device: torch.device, plot: Path | None, only: list[str]) -> Table:
     """Returns the fitted exponents of each attention on tokens, of time and of memory, and draws the plot."""
     torch.manual_seed(0)
     counts = [h * w for h, w in GRIDS]
-    table = _table(f"Forward pass of one image of {counts[0]:,} to {counts[-1]:,} tokens, {dim} wide, {_where(device)}")
+    what = f"Forward pass of {images} {'image' if images == 1 else 'images'}"
+    table = _table(f"{what} of {counts[0]:,} to {counts[-1]:,} tokens, {dim} wide, {_where(device)}")
     table.add_column("attention")
     table.add_column("cost in tokens")
     for name in ("time exponent", "memory exponent", f"ms at {counts[-1]:,}", f"MiB at {counts[-1]:,}"):
@@ -167,11 +175,12 @@ def growth(dim: int, repeats: int, device: torch.device, plot: Path | None, only
         layer = create_token_layer(name, dim).to(device).eval()
         seconds, memory = [], []
         for grid in GRIDS:
-            tokens = torch.randn(1, grid[0] * grid[1], dim, device=device)
+            tokens = torch.randn(images, grid[0] * grid[1], dim, device=device)
             forward, _ = passes(layer, tokens, grid=grid)
             forward()
             # Few runs where one takes long.
-            seconds.append(statistics.median(timed(forward, device)() for _ in range(repeats if grid[0] < 64 else 2)))
+            turns = 2 if device.type == "cpu" and grid[0] >= 64 else repeats
+            seconds.append(statistics.median(timed(forward, device)() for _ in range(turns)))
             memory.append(peak_memory(forward, device))
         curves[name] = seconds
         table.add_row(
@@ -179,12 +188,12 @@ def growth(dim: int, repeats: int, device: torch.device, plot: Path | None, only
             str(TOKEN_LAYERS.info(name).get("cost", "")),
             f"{exponent(counts, seconds):.2f}",
             f"{exponent(counts, memory):.2f}",
-            f"{seconds[-1] * 1e3:,.0f}",
-            f"{memory[-1] / 2**20:,.0f}",
+            f"{seconds[-1] * 1e3:,.1f}",
+            f"{memory[-1] / 2**20:,.1f}",
         )
-        Console().print(f"{name}: " + " ".join(f"{s * 1e3:.1f}" for s in seconds) + " ms", highlight=False)
+        Console().print(f"{name}: " + " ".join(f"{s * 1e3:.2f}" for s in seconds) + " ms", highlight=False)
     if plot is not None:
-        draw(counts, curves, plot)
+        draw(counts, curves, plot, what)
     return table
 
 
@@ -197,24 +206,24 @@ def exponent(counts: list[int], values: list[float] | list[int]) -> float:
     return slope / sum((a - mean_x) ** 2 for a in x)
 
 
-def draw(counts: list[int], curves: dict[str, list[float]], path: Path) -> None:
-    """Writes the plot of time over tokens, both in logarithms; those that grow quadratically are drawn dashed."""
+def draw(counts: list[int], curves: dict[str, list[float]], path: Path, what: str) -> None:
+    """Writes the plot of time over tokens, both in logarithms; those whose cost says N² are drawn dashed."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     colours = plt.get_cmap("tab10")
     for place, (name, seconds) in enumerate(sorted(curves.items(), key=lambda item: -item[1][-1])):
-        power = exponent(counts, seconds)
-        style = "--" if power > 1.5 else "-"
-        label = f"{name}, N^{power:.2f}"
+        cost = str(TOKEN_LAYERS.info(name).get("cost", ""))
+        style = "--" if "N²" in cost else "-"
+        label = f"{name}: {cost}, fitted N^{exponent(counts, seconds):.2f}"
         axes.plot(
             counts, [s * 1e3 for s in seconds], style, marker="o", markersize=3, color=colours(place % 10), label=label
         )
-    axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="forward pass of one image (ms)")
+    axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=f"{what.lower()} (ms)")
     axes.set_xticks(counts, [f"{n:,}" for n in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(title="attention and fitted growth (dashed: quadratic)", fontsize=8, loc="upper left")
+    axes.legend(title="attention: cost (dashed: quadratic)", fontsize=8, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -240,17 +249,23 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--dim", type=int, default=64, help="width of the tokens")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--images", type=int, help="images a pass in growth: by default 1 on a CPU, 32 on a GPU")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, help="where to write the plot of the growth")
     options = parser.parse_args()
+    measured = {"timm": [*pairs(options.channels)], "growth": [*TOKEN_LAYERS]}
+    known = [name for section in options.sections for name in measured[section]]
+    if unknown := set(options.only) - set(known):
+        parser.error(f"expected --only of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     device = torch.device(options.device)
     torch.set_num_threads(1)
     tables = []
     if "timm" in options.sections:
         tables.append(beside_timm(options.only, options.channels, options.batch_size, options.repeats, device))
     if "growth" in options.sections:
-        tables.append(growth(options.dim, options.repeats, device, options.plot, options.only))
+        images = options.images or (1 if device.type == "cpu" else 32)
+        tables.append(growth(options.dim, images, options.repeats, device, options.plot, options.only))
     for table in tables:
         Console(width=160).print(table)
 

@@ -18,11 +18,12 @@ from torch import nn
 import vision_attn as va
 from vision_attn.cli import main
 from vision_attn.errors import CheckpointMismatchError, UsageError
+from vision_attn.export import save_model
 from vision_attn.layers.attach import Attached, attach_all, attach_attention, attached_blocks, attachments
 from vision_attn.layers.attach import detach_attention as detach
 from vision_attn.layers.base import LAYERS
 from vision_attn.layers.places import image_shape
-from vision_attn.models.factory import create_model, load_checkpoint
+from vision_attn.models.factory import create_model, load_checkpoint, timm_preprocessing
 from vision_attn.training.module import Classifier
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -71,14 +72,15 @@ def stages(*depths, prefix="stages", inner=""):
     return [f"{prefix}.{stage}.{inner}{depth - 1}" for stage, depth in enumerate(depths)]
 
 
-_COLUMN = [f"blocks.{index}" for index in range(12)]
+# Where the class token answers, nothing reads the patches after the last block.
+_COLUMN = [f"blocks.{index}" for index in range(11)]
 _FEW = [
     Case("resnet10t", layers(1, 1, 1, 1), 4),
     Case("regnety_002", ["s1.b1", "s2.b1", "s3.b4", "s4.b7"], 13),
     Case("tf_efficientnet_lite0", ["blocks.0.0", "blocks.1.1", "blocks.2.1", "blocks.4.2", "blocks.6.0"], 16),
     Case("convnext_atto", stages(2, 2, 6, 2, inner="blocks."), 12),
-    Case("deit_tiny_patch16_224", _COLUMN[:2], 2, None, {"depth": 2}),
-    Case("va_vit_micro_stem8_64", _COLUMN[:2], 2),
+    Case("deit_tiny_patch16_224", _COLUMN[:2], 2, None, {"depth": 3}),
+    Case("va_vit_micro_stem8_64", _COLUMN[:1], 1),
 ]
 _MANY = [
     Case("torchvision/densenet121", [f"features.denseblock{i}" for i in (1, 2, 3, 4)], 4),
@@ -107,14 +109,14 @@ _MANY = [
     Case("torchvision/vgg11_bn", ["features.2", "features.6", "features.13", "features.20", "features.27"], 0),
     Case("torchvision/regnet_y_400mf",
          [f"trunk_output.block{i}.block{i}-{j}" for i, j in ((1, 0), (2, 2), (3, 5), (4, 5))], 16),
-    Case("torchvision/vit_b_16", [f"encoder.layers.encoder_layer_{i}" for i in range(12)], 12, None),
+    Case("torchvision/vit_b_16", [f"encoder.layers.encoder_layer_{i}" for i in range(11)], 11, None),
     Case("torchvision/swin_t", [f"features.{i}" for i in ("1.1", "3.1", "5.5", "7.1")], 12),
     Case("torchvision/googlenet", ["inception3b", "inception4e", "inception5b"], 9, 96,
          {"aux_logits": False, "init_weights": True}),
-    Case("deit_tiny_distilled_patch16_224", _COLUMN, 12, None),
-    Case("vit_small_patch14_reg4_dinov2", _COLUMN, 12, None, {"img_size": (70, 98)}),
-    Case("eva02_tiny_patch14_224", _COLUMN, 12, None),
-    Case("va_vit_tiny_patch16_224", _COLUMN, 12, None),
+    Case("deit_tiny_distilled_patch16_224", _COLUMN, 11, None),
+    Case("vit_small_patch14_reg4_dinov2", _COLUMN, 11, None, {"img_size": (70, 98)}),
+    Case("eva02_tiny_patch14_224", [*_COLUMN, "blocks.11"], 12, None),
+    Case("va_vit_tiny_patch16_224", _COLUMN, 11, None),
     Case("swin_tiny_patch4_window7_224", stages(2, 2, 6, 2, prefix="layers", inner="blocks."), 12, None),
 ]  # fmt: skip
 CASES = [*_FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in _MANY)]
@@ -183,12 +185,19 @@ def small(**options):
     return timm.create_model("resnet10t", **options).eval()
 
 
+def chain(*, head=()):
+    """Two convolutions 48 channels wide, and a classifier."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 48, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), *head, nn.Flatten(), nn.Linear(48, 3)).eval()
+
+
 @pytest.mark.parametrize("name", sorted(LAYERS))
 def test_every_block_learns_from_the_start(name):
-    model = small()
-    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    model = chain()
+    images, labels = torch.randn(2, 3, 12, 16), torch.tensor([0, 2])
     before = logits(model, images)
-    attach_attention(model, name, where="layer3", image_size=64)
+    attach_attention(model, name, where="2", image_size=(12, 16))
     assert torch.equal(logits(model, images), before)
     ((_, _, block),) = attached_blocks(model)
     assert block.does_nothing()
@@ -250,6 +259,24 @@ def test_looking_for_places_leaves_no_trace():
     assert model.layer2[0].attached_cbam.block.training
 
 
+def test_a_chains_pooled_end_is_no_stage():
+    model = attach_attention(chain(head=(nn.Conv2d(48, 48, 1), nn.ReLU())), "se", image_size=16)
+    assert [place for place, _, _ in attached_blocks(model)] == ["3"]
+
+
+def test_after_the_last_block_a_class_token_answers_alone():
+    for pool, expected in (("token", ["blocks.0"]), ("avg", ["blocks.0", "blocks.1"])):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, global_pool=pool)
+        for where in ("stages", "blocks"):
+            attach_attention(model, "eca", where=where)
+            assert [place for place, _, _ in attached_blocks(model)] == expected
+            detach(model)
+    with pytest.raises(UsageError, match=r"whose class token answers after blocks\.0"):
+        attach_attention(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1), "eca")
+    # Who names the place wants it.
+    attach_attention(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1), "eca", where="blocks.*")
+
+
 def test_a_block_follows_its_place_in_dtype():
     model = attach_attention(small().to(torch.bfloat16), "cbam")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -286,7 +313,16 @@ def test_copies_and_pickles_are_whole_and_can_be_taken_apart():
         assert torch.equal(logits(model, images), changed)
 
 
-@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "va_vit_micro_stem8_64"])
+def test_a_chain_compiles_whole():
+    model = woken(attach_attention(chain(), "se", where="2", image_size=16))
+    images = torch.randn(2, 3, 16, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled, images), logits(model, images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet10t", "va_vit_micro_stem8_64"])
 def test_it_compiles_whole_and_exports(name):
     model = woken(create_model(name, num_classes=3, attention={"name": "eca"}).eval())
     images = torch.randn(2, 3, 64, 64)
@@ -328,7 +364,7 @@ def test_in_a_vit_the_prefix_passes_by_and_the_patches_lie_as_in_the_image():
         model = timm.create_model(
             "vit_tiny_patch16_224", depth=1, reg_tokens=2, dynamic_img_size=True, num_classes=3
         ).eval()
-        attach_attention(model, "columns")
+        attach_attention(model, "columns", where="blocks.0")
         attached = model.blocks[0].attached_columns
         nn.init.ones_(attached.gain)
         before, after = [], []
@@ -347,7 +383,7 @@ def test_in_a_vit_the_prefix_passes_by_and_the_patches_lie_as_in_the_image():
 
 def test_left_out_patches_are_refused_with_the_numbers():
     model = timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.5)
-    attach_attention(model, "eca")
+    attach_attention(model, "eca", where="blocks.0")
     with pytest.raises(UsageError, match="expected 1 prefix tokens and 14 x 14 patches, got 99 tokens"):
         model.train()(torch.zeros(1, 3, 224, 224))
 
@@ -360,6 +396,7 @@ def test_several_blocks_share_a_place_in_order_and_come_out_one_by_one():
     attach_attention(model, "gc", where="layer1.0")
     assert [name for _, name, _ in attached_blocks(model)][:3] == ["attached_eca", "second", "attached_gc"]
     assert len(attached_blocks(model)) == 9
+    assert model.attached_attention[0]["where"] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
     rebuilt = attach_all(small(), model.attached_attention)
     assert list(rebuilt.state_dict()) == list(model.state_dict())
     detach(model, "second")
@@ -388,12 +425,12 @@ def test_blocks_that_are_there_are_not_taken_for_the_networks_own():
 def test_patterns_stop_at_dots_and_two_stars_do_not():
     model = small()
     found = {}
-    for where in ("layer1", "layer?", "layer[12].*", "**.conv2", ["layer1", "layer1.0", "conv1"]):
+    for where in ("layer1", "layer?", "layer[12].*", "**.conv2", ["layer1", "layer1.0", "conv1"], ["stages"]):
         attach_attention(model, "eca", where=where)
         found[str(where)] = [place for place, _, _ in attached_blocks(model)]
         detach(model)
     assert found["layer1"] == ["layer1.0"]
-    assert found["layer?"] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
+    assert found["layer?"] == found["['stages']"] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
     assert found["layer[12].*"] == ["layer1.0", "layer2.0"]
     assert found["**.conv2"] == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]
     assert len(found["['layer1', 'layer1.0', 'conv1']"]) == 2
@@ -413,7 +450,7 @@ class Twice(nn.Module):
     ("model", "arguments", "message"),
     [
         (small, {"name": "cbm"}, "expected a known layer, got 'cbm': did you mean 'cbam'"),
-        (small, {"name": "cbam", "wher": "stages"}, "option of cbam or of attaching, got 'wher': did you mean 'where'"),
+        (small, {"name": "cbam", "wher": "stages"}, "option of cbam, got 'wher': did you mean 'where'"),
         (small, {"name": "se", "where": "stage"}, "got 'stage': did you mean 'stages'"),
         (small, {"name": "se", "where": "layer7.*"}, "which matches none .* there are layer"),
         (small, {"name": "se", "where": "global_pool"}, r"got global_pool, which gives \(B, 64\)"),
@@ -424,13 +461,18 @@ class Twice(nn.Module):
         (small, {"name": "sge", "groups": 7}, r"the map \(16, 44, 44\) of layer1.0, got an error: .* divide 16 chan"),
         (small, {"name": "se", "image_size": 0}, "expected image_size as"),
         (small, {"name": "se", "image_size": "a"}, "expected image_size as"),
+        (small, {"name": "se", "image_size": 64.0}, "expected image_size as"),
+        (small, {"name": "se", "image_size": True}, "expected image_size as"),
+        (small, {"name": "se", "image_size": (64, 64.0)}, "expected image_size as"),
+        (small, {"name": 3}, "expected a known layer, got 3"),
+        (small, {"name": "se", "where": ["stages", "conv1"]}, "expected 'stages' alone"),
         (Twice, {"name": "se", "where": "convolution"}, "convolution, which runs 2 times"),
         (Twice, {"name": "se", "where": "idle"}, "idle, which does not run"),
         (Twice, {"name": "se"}, "expected stages .* got none in Twice: name modules"),
         (nn.Identity, {"name": "se"}, "a network with parameters, got Identity"),
         (lambda: None, {"name": "se"}, "a network .* got NoneType"),
         (lambda: nn.DataParallel(small()), {"name": "se"}, "got DataParallel: attach first"),
-        (lambda: torch.compile(small()), {"name": "se"}, "got a compiled one: attach first"),
+        (lambda: torch.compile(chain(), backend="eager"), {"name": "se"}, "got a compiled one: attach first"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), {"name": "se"}, r"takes images \(2, 3, 224, 224\), got an error"),
         (lambda: attach_attention(small(), "se"), {"name": "se"}, "got layer1.0, which has that: detach it"),
         (
@@ -523,6 +565,7 @@ def test_a_checkpoint_loads_with_the_blocks_weights_and_without():
         ([{"name": "cbam"}, 3], "expected attention as keys and values"),
         ({"nme": "cbam"}, "expected the name of a block in attention"),
         ({"name": "cbam", "wher": "stages"}, "did you mean 'where'"),
+        ({"name": "cbam", "model": 1}, "expected a known option of cbam, got 'model'"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_told(attention, message):
@@ -550,6 +593,27 @@ def test_a_network_that_is_made_smaller_for_inference_keeps_its_blocks(name):
     assert len(attached_blocks(smaller)) == 4
 
 
+def test_an_artefact_has_its_blocks_and_is_explained(tmp_path):
+    model = timm.create_model("resnet10t", num_classes=2, channels=(8, 8, 16, 16), stem_width=8).eval()
+    woken(attach_attention(model, "cbam", image_size=64))
+    attach_attention(model, "gc", where="layer4", image_size=64)
+    folder = save_model(
+        tmp_path / "a",
+        model,
+        architecture="resnet10t",
+        model_args={"channels": [8, 8, 16, 16], "stem_width": 8},
+        classes=("a", "b"),
+        preprocessing=timm_preprocessing(model, 64),
+    )
+    again, images = va.load_model(folder), torch.randn(2, 3, 64, 64)
+    assert torch.equal(logits(again, images), logits(model, images))
+    assert [name for _, name, _ in attached_blocks(again)] == ["attached_cbam"] * 4 + ["attached_gc"]
+    # Of the network's own modules, blocks or not.
+    assert va.explain(again, images, method="grad_cam").options["layer"] == "layer4"
+    assert va.explain(again, images, method="gates").options["layer"].startswith("layer4.0.attached_")
+
+
+@pytest.mark.slow
 def test_a_run_with_blocks_leaves_an_artefact_and_checkpoints_with_them(tmp_path):
     thin = {"channels": [8, 8, 16, 16], "stem_width": 8}
     theirs = timm.create_model("resnet10t", num_classes=5, **thin)

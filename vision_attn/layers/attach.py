@@ -7,7 +7,6 @@ keys stay what they are, the new ones lie below their place ("layer1.1.attached_
 Letters in shapes: B batch, C channels, H W map, N tokens.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.errors import UsageError
-from vision_attn.layers.base import LAYERS
+from vision_attn.layers.base import LAYERS, check_options
 from vision_attn.layers.costs import count_multiply_adds
 from vision_attn.layers.factory import create_layer
 from vision_attn.layers.places import Place, dry_run, evaluating, find_places, image_shape, trace
 from vision_attn.registry import unknown
 
-ARGUMENTS = ("name", "where", "attached_as", "image_size")
+ARGUMENTS = ("where", "attached_as", "image_size")
 
 
 class Grid:
@@ -212,8 +211,9 @@ class Attachments:
         """One line: how many, and what they add."""
         names = ", ".join(dict.fromkeys(place.layer for place in self.places))
         height, width = self.image_size
+        blocks = "1 block" if len(self.places) == 1 else f"{len(self.places)} blocks"
         return (
-            f"{len(self.places)} blocks ({names}) attached: {self.parameters:,} parameters "
+            f"{blocks} ({names}) attached: {self.parameters:,} parameters "
             f"(+{_share(self.parameters, self.network_parameters)}), {self.multiply_adds / 1e6:,.1f} M multiply-adds "
             f"(+{_share(self.multiply_adds, self.network_multiply_adds)}) at {height} x {width}"
         )
@@ -242,6 +242,7 @@ class Attachments:
 
 def attach_attention(
     model: nn.Module,
+    /,
     name: str,
     *,
     where: str | Sequence[str] = "stages",
@@ -260,7 +261,8 @@ def attach_attention(
         name: One of `list_layers()`.
         where: "stages" (the end of each resolution; in columnar ViTs each block), "blocks" (every residual or
             transformer block; those that join maps in networks that never add), or one or more patterns for names of
-            modules: `*` stays between two dots, `**` crosses them.
+            modules: `*` stays between two dots, `**` crosses them. Both leave out the last block of a ViT whose class
+            token answers: nothing reads its patches, so that nothing could be learned there.
         attached_as: The name of the new children; by default "attached_" and the block's. A second block at the same
             place needs another.
         image_size: (height, width) or one number of the images to look with; the network's own where left out. Stages
@@ -279,7 +281,7 @@ def attach_attention(
         4 blocks (se) attached: 45,500 parameters (+0.39 %), 0.0 M multiply-adds (+0.0024 %) at 224 x 224
     """
     _check_plain(model)
-    _check_options(name, options)
+    check_options(name, LAYERS.get(name), options, beside=ARGUMENTS)
     attached_as = _check_child_name(f"attached_{name}" if attached_as is None else attached_as)
     image = image_shape(model, image_size)
     seen = trace(
@@ -311,8 +313,9 @@ def attach_attention(
         _take_out(model, {attached for _, attached in made})
         raise
     specs: list[dict[str, Any]] = [*getattr(model, "attached_attention", [])]
-    given = where if isinstance(where, str) else list(where)
-    specs.append({"name": name, "where": given, "attached_as": attached_as, "image_size": list(image[1:]), **options})
+    # The places by name: who builds the network again finds them without looking.
+    names = [place.name for place in places]
+    specs.append({"name": name, "where": names, "attached_as": attached_as, "image_size": list(image[1:]), **options})
     model.attached_attention = specs  # type: ignore[assignment]
     return model
 
@@ -331,7 +334,8 @@ def attach_all(
         image_size: Where a mapping has none.
 
     Raises:
-        UsageError: a mapping has no name or an unknown key; and as `attach_attention`.
+        UsageError: a mapping has no name or an unknown key; and as `attach_attention`. What the mappings before
+            it attached stays.
 
     Example:
         >>> import timm
@@ -556,17 +560,6 @@ def _check_plain(model: Any) -> None:
         raise UsageError(f"expected a bare network, got {type(model).__name__}: attach first, then wrap")
     if next(model.parameters(), None) is None:
         raise UsageError(f"expected a network with parameters, got {type(model).__name__}: give the whole network")
-
-
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuses options that neither the block nor `attach_attention` has."""
-    parameters = inspect.signature(LAYERS.get(name)).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    known = [option for option in parameters if option not in ("channels", "self")]
-    for option in options:
-        if option not in known:
-            raise unknown(f"option of {name} or of attaching", option, [*known, *ARGUMENTS[1:]])
 
 
 def _check_child_name(name: str) -> str:

@@ -63,9 +63,9 @@ class TokenMerging:
         assert self.metric is not None
         into = bipartite_matching(self.metric, r, num_prefix=self.num_prefix)
         length = tokens.shape[1] - r
-        sizes = self.sizes.new_zeros(len(into), length).scatter_add(1, into, self.sizes)
+        sizes = self.sizes.new_zeros(into.shape[0], length).scatter_add(1, into, self.sizes)
         weighted = tokens * self.sizes[..., None]
-        sums = weighted.new_zeros(len(into), length, tokens.shape[2])
+        sums = weighted.new_zeros(into.shape[0], length, tokens.shape[2])
         sums = sums.scatter_add(1, into[..., None].expand_as(weighted), weighted)
         self.sizes, self.places, self.started = sizes, self.report(into.gather(1, self.places)), True
         return (sums / sizes[..., None]).to(tokens.dtype)
@@ -93,8 +93,7 @@ def bipartite_matching(metric: Tensor, r: int, *, num_prefix: int = 0) -> Tensor
     batch, length, _ = metric.shape
     metric = F.normalize(metric.float(), dim=-1)
     places = torch.arange(length, device=metric.device)
-    patches = places >= num_prefix
-    of_a, of_b = places[patches & (places % 2 == 0)], places[patches & (places % 2 == 1)]
+    of_a, of_b = places[num_prefix + num_prefix % 2 :: 2], places[num_prefix + 1 - num_prefix % 2 :: 2]
     likeness, choice = (metric[:, of_a] @ metric[:, of_b].transpose(1, 2)).max(-1)
     goes = torch.zeros_like(likeness, dtype=torch.bool).scatter(1, likeness.topk(r).indices, value=True)
     first_b = num_prefix + len(of_a) - r

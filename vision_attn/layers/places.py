@@ -9,7 +9,7 @@ Letters in shapes: B batch, C channels, H W map, N tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -180,9 +180,11 @@ def image_shape(model: nn.Module, image_size: int | Sequence[int] | None) -> tup
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = 3 if first is None else first.in_channels
     if image_size is not None:
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise UsageError(f"expected image_size as (height, width) or one number, got {image_size}: correct it")
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if not isinstance(size, Sequence) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+            raise UsageError(
+                f"expected image_size as (height, width) or one number of pixels, got {image_size}: correct it"
+            )
         return channels, size[0], size[1]
     own = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
     if isinstance(own, int):
@@ -247,8 +249,8 @@ def trace(model: nn.Module, shape: tuple[int, int, int], *, attached: Collection
     return seen
 
 
-def dry_run(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Runs a network in evaluation mode on two empty images (C, H, W), and leaves it as it was.
+def dry_run(model: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """Returns what a network gives in evaluation mode for two empty images (C, H, W); it is left as it was.
 
     Raises:
         UsageError: it does not take such images.
@@ -257,7 +259,7 @@ def dry_run(model: nn.Module, shape: tuple[int, int, int]) -> None:
     devices = [tensor.device] if tensor.device.type == "cuda" else []
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
-            model(torch.zeros(2, *shape, dtype=tensor.dtype, device=tensor.device))
+            return model(torch.zeros(2, *shape, dtype=tensor.dtype, device=tensor.device))
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -292,30 +294,72 @@ def find_places(model: nn.Module, seen: Trace, where: str | Sequence[str]) -> li
     Raises:
         UsageError: there are none, or one of them is no place for a block.
     """
-    if isinstance(where, str):
-        if where == "blocks":
-            found = _blocks(model, seen)
-            if not found:
-                raise UsageError(
-                    f"expected blocks that add or join maps, got none in {type(model).__name__}: use where='stages', "
-                    "or name modules"
-                )
-            return found
-        if where == "stages":
-            found = _stages(model, seen)
-            if not found:
-                raise UsageError(
-                    f"expected stages (resolutions with blocks or convolutions), got none in {type(model).__name__}: "
-                    "name modules"
-                )
-            return found
-        where = [where]
-    if not isinstance(where, Sequence) or not where or not all(isinstance(pattern, str) for pattern in where):
+    patterns = [where] if isinstance(where, str) else where
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise UsageError(f"expected where as 'stages', 'blocks' or names of modules, got {where!r}: correct it")
-    names = [name for pattern in where for name in matching(seen.names, pattern)]
+    if len(patterns) == 1 and patterns[0] in ("stages", "blocks"):
+        return _answering(model, seen, _named_places(model, seen, patterns[0]))
+    names = [name for pattern in patterns for name in matching(seen.names, pattern)]
     inner = dict.fromkeys(last_in_chain(model, name) for name in names)
     places = [seen.place(name) for name in inner]
     return sorted(places, key=lambda place: seen.positions[place.name])
+
+
+def _named_places(model: nn.Module, seen: Trace, where: str) -> list[Place]:
+    if where == "blocks":
+        found = _blocks(model, seen)
+        if not found:
+            raise UsageError(
+                f"expected blocks that add or join maps, got none in {type(model).__name__}: use where='stages', "
+                "or name modules"
+            )
+        return found
+    found = _stages(model, seen)
+    if not found:
+        raise UsageError(
+            f"expected stages (resolutions with blocks or convolutions), got none in {type(model).__name__}: "
+            "name modules"
+        )
+    return found
+
+
+def _answering(model: nn.Module, seen: Trace, places: list[Place]) -> list[Place]:
+    """Returns the places without those at the end whose patches the network's answer does not depend on.
+
+    Where the class token answers, patches are read by the next block's attention alone: a block after the last one
+    would never learn.
+    """
+    answering = [*places]
+    while answering and answering[-1].prefix and _patches_are_unread(model, seen, answering[-1]):
+        answering.pop()
+    if not answering:
+        raise UsageError(
+            f"expected patches that are read again, got {type(model).__name__}, whose class token answers after "
+            f"{places[0].name}: name a module"
+        )
+    return answering
+
+
+def _patches_are_unread(model: nn.Module, seen: Trace, place: Place) -> bool:
+    """Returns whether another prefix at this place changes what the network gives, and other patches do not."""
+    _, *shape = seen.images
+    noise = torch.randn(place.shape[0], generator=torch.Generator().manual_seed(0))
+
+    def answer(changed: slice) -> list[Tensor]:
+        def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[:, changed] += noise.to(output)
+            return output
+
+        handle = model.get_submodule(place.name).register_forward_hook(change)
+        try:
+            return _tensors(dry_run(model, (shape[0], shape[1], shape[2])))
+        finally:
+            handle.remove()
+
+    as_is, prefix, patches = answer(slice(0)), answer(slice(place.prefix)), answer(slice(place.prefix, None))
+    same = [all(map(torch.equal, as_is, other)) for other in (prefix, patches)]
+    return same == [False, True]
 
 
 def matching(modules: Sequence[str], pattern: str) -> list[str]:
@@ -325,9 +369,13 @@ def matching(modules: Sequence[str], pattern: str) -> list[str]:
         UsageError: none; close names are offered.
     """
     names = [name for name in modules if name]
+    if pattern in names:
+        return [pattern]
     found = [name for name in names if _matches(name.split("."), pattern.split("."))]
     if found:
         return found
+    if pattern in ("stages", "blocks"):
+        raise UsageError(f"expected {pattern!r} alone, got it beside names of modules: attach in two steps")
     if not set(pattern) & set("*?["):
         raise unknown("module, 'stages' or 'blocks'", pattern, [*names, "stages", "blocks"])
     close = close_names(pattern, names) or [name for name in names if "." not in name][:6]
@@ -458,6 +506,14 @@ def _are_features(operands: Sequence[Any]) -> bool:
         return False
     first, second = operands
     return first.shape == second.shape and first.ndim in (3, 4) and first.shape[0] == 2
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Returns the tensors in what a network gives, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _none(_: Any) -> None:

@@ -42,8 +42,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     Raises:
         UsageError: there are angles for another number of tokens or channels.
     """
-    sin, cos, rotate_half = rotation
     check_angles(rotation, *x.shape[-2:])
+    sin, cos, rotate_half = rotation
     if rotate_half:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
@@ -54,6 +54,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 def check_angles(rotation: Rotation, num_tokens: int, head_dim: int) -> None:
     """Raises a UsageError unless there are angles for so many tokens and channels."""
+    if not isinstance(rotation, Rotation):
+        raise UsageError(
+            f"expected the angles of one layer (Rotation), got {type(rotation).__name__}: call the rotary module "
+            "with the grid; MixedRotary gives one for each layer"
+        )
     if tuple(rotation.sin.shape[-2:]) != (num_tokens, head_dim):
         raise UsageError(
             f"expected rotary angles for {num_tokens} tokens of {head_dim} channels, got "
@@ -111,11 +116,17 @@ class AxialRotary(nn.Module):
     ) -> None:
         super().__init__()
         _check_head_dim(head_dim)
+        _check_above_zero(temperature=temperature, jitter=jitter, rescale=rescale)
         if coordinates not in COORDINATES:
             raise unknown("kind of coordinates", coordinates, COORDINATES)
         _check_order(order)
+        _check_temperature(temperature)
         if reference_grid is not None and coordinates != "index":
             raise UsageError("expected coordinates='index' for a reference_grid, got 'centered': leave one out")
+        if reference_grid is not None:
+            whole = isinstance(reference_grid, tuple | list) and len(reference_grid) == 2
+            if not whole or any(type(side) is not int or side < 1 for side in reference_grid):
+                raise UsageError(f"expected reference_grid=(h, w) in patches, got {reference_grid!r}: correct it")
         self.head_dim = head_dim
         self.temperature = temperature
         self.coordinates = coordinates
@@ -207,6 +218,7 @@ class MixedRotary(nn.Module):
         head_dim = dim // num_heads
         _check_head_dim(head_dim)
         _check_order(order)
+        _check_temperature(temperature)
         self.order = order
         self.temperature = temperature
         self.freqs = nn.Parameter(torch.empty(2, depth, num_heads, head_dim // 2))
@@ -270,6 +282,17 @@ def _check_head_dim(head_dim: int) -> None:
             f"expected heads of a multiple of 4 channels for rotary positions, got {head_dim!r}: change the number of "
             "heads or the width"
         )
+
+
+def _check_temperature(temperature: float) -> None:
+    if type(temperature) not in (int, float) or not temperature > 0:
+        raise UsageError(f"expected temperature as a number above 0, got {temperature!r}: 100 is usual, or 10,000")
+
+
+def _check_above_zero(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, (int, float)) and number > 0):
+            raise UsageError(f"expected {name} as a number above 0, got {number!r}: correct it")
 
 
 def _check_order(order: str) -> None:

@@ -112,8 +112,12 @@ def _columns(table: Table, words: Sequence[str], numbers: Sequence[str], device:
 def _measured(device: torch.device | str | None, batch_size: int) -> str:
     if device is None:
         return ""
-    threads = f", {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else ""
-    return f"; measured with {batch_size} images on {device}{threads}"
+    threads = f", {_count(torch.get_num_threads(), 'thread')}" if torch.device(device).type == "cpu" else ""
+    return f"; measured with {_count(batch_size, 'image')} on {device}{threads}"
+
+
+def _count(number: int, things: str) -> str:
+    return f"{number} {things}{'' if number == 1 else 's'}"
 
 
 def _millions(count: int) -> str:

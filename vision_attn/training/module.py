@@ -1,5 +1,6 @@
 """The classifier as Lightning trains it."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,9 @@ class Classifier(pl.LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"expected model.label_smoothing within [0, 1), got {label_smoothing}: 0.1 is usual")
+        for option in options or {}:
+            if option in inspect.signature(create_model).parameters:
+                raise UsageError(f"expected {option} beside model.options, got it in them: move it one level up")
         self.network = create_model(
             name,
             num_classes=num_classes,

@@ -16,6 +16,8 @@ from vision_attn.layers.tokens.base import (
     attend,
     both,
     check_grid,
+    check_mask,
+    check_size,
     check_tokens,
     join_heads,
     split_heads,
@@ -121,6 +123,12 @@ class Attention(nn.Module):
             )
         if gated not in (None, "elementwise", "headwise"):
             raise unknown("gate", str(gated), ("elementwise", "headwise"))
+        if kv_dim is not None:
+            check_positive("kv_dim", kv_dim)
+            if relative_bias is not None:
+                raise UsageError("expected no relative_bias for cross-attention, got one: a context has no places")
+        if not isinstance(depth, int) or depth < 0:
+            raise UsageError(f"expected depth as the number of layers before this one, got {depth!r}: the first has 0")
         self.dim = dim
         self.kv_dim = kv_dim
         # Of the softmaxes, of which a differential head has two: what is recorded has so many heads.
@@ -180,6 +188,7 @@ class Attention(nn.Module):
             if self.kv_dim is not None:
                 raise UsageError("expected no rope for cross-attention, got one: leave it out, a context has no places")
             q, k = rotate(q, rope), rotate(k, rope)
+        check_mask(mask, q, k)
         bias = mask
         if self.relative_bias is not None:
             grid = check_grid(x, grid, num_prefix, "a relative position bias")
@@ -197,7 +206,7 @@ class Attention(nn.Module):
                 raise UsageError("expected no context for self-attention, got one: make the layer with kv_dim=")
             q, k, v = self.qkv(x).split(self.widths, dim=-1)
         else:
-            if context is None or context.shape[-1] != self.kv_dim:
+            if context is None or context.dim() != 3 or context.shape[-1] != self.kv_dim:
                 got = "none" if context is None else tuple(context.shape)
                 raise UsageError(f"expected a context (B, keys, {self.kv_dim}), got {got}: call layer(x, context)")
             q, (k, v) = self.q(x), self.kv(context).split(self.widths[1:], dim=-1)
@@ -248,6 +257,7 @@ class RelativeBias(nn.Module):
 
     def __init__(self, grid: Grid, num_heads: int) -> None:
         super().__init__()
+        check_size("relative_bias", grid)
         self.grid = grid
         self.table = nn.Parameter(torch.empty((2 * grid[0] - 1) * (2 * grid[1] - 1), num_heads))
         nn.init.trunc_normal_(self.table, std=0.02)

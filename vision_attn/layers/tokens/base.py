@@ -4,6 +4,7 @@ Letters in shapes: B batch, N tokens (P prefix tokens such as class and register
 channels, K heads, D head width (C = K D).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,14 +65,39 @@ def check_grid(x: Tensor, grid: Grid | None, num_prefix: int, part: str) -> Grid
     Raises:
         UsageError: it is missing, or `x` (B, N, C) has another number of tokens than it and the prefix have.
     """
-    if grid is None:
-        raise UsageError(f"expected the patches' grid for {part}, got none: call layer(x, grid=(h, w))")
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        got = "none" if grid is None else repr(grid)
+        raise UsageError(f"expected the patches' grid for {part}, got {got}: call layer(x, grid=(h, w))")
     if x.shape[1] != num_prefix + grid[0] * grid[1]:
         raise UsageError(
             f"expected {num_prefix} prefix tokens and {grid[0]} x {grid[1]} patches, got {x.shape[1]} tokens: pass the "
             "grid (rows, columns) and num_prefix of these tokens"
         )
     return grid
+
+
+def check_size(part: str, grid: Grid) -> None:
+    """Raises a UsageError unless what a layer is made with (named by `part`) is a grid (h, w)."""
+    if not isinstance(grid, Sequence) or len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        raise UsageError(f"expected {part} as (rows, columns) of patches, got {grid!r}: correct it")
+
+
+def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Raises a UsageError unless a mask fits the scores of queries and keys (B, K, tokens, D), and means what it says.
+
+    Whole numbers 0 and 1 would be added to the scores.
+    """
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UsageError(f"expected a mask of booleans or of scores to add, got {mask.dtype}: pass mask.bool()")
+    scores = (*q.shape[:3], k.shape[2])
+    near = scores[len(scores) - mask.dim() :]
+    if mask.dim() > 4 or any(side not in (1, wanted) for side, wanted in zip(mask.shape, near, strict=True)):
+        raise UsageError(
+            f"expected a mask that broadcasts to {scores} (images, heads, queries, keys), got {tuple(mask.shape)}: one "
+            "of keys (B, keys) is mask[:, None, None]"
+        )
 
 
 def refuse(part: str, **given: object) -> None:

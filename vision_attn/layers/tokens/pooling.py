@@ -5,7 +5,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vision_attn.layers.base import check_positive
-from vision_attn.layers.tokens.base import attend, check_tokens, join_heads, split_heads, width_of_heads
+from vision_attn.layers.tokens.base import attend, check_mask, check_tokens, join_heads, split_heads, width_of_heads
 
 
 class ClassAttention(nn.Module):
@@ -61,6 +61,7 @@ class ClassAttention(nn.Module):
         """
         check_tokens(x, self.dim)
         q, k, v = (split_heads(part, self.head_dim) for part in (self.q(x[:, :1]), self.k(x), self.v(x)))
+        check_mask(mask, q, k)
         return self.proj_drop(self.proj(join_heads(attend(q, k, v, self.attn_drop, mask))))
 
 
@@ -122,8 +123,9 @@ class MapPooling(nn.Module):
             mask: What broadcasts to (B, K, L, N): boolean, True takes part, or added to the scores.
         """
         check_tokens(x, self.dim)
-        q = split_heads(self.q(self.latent), self.head_dim).expand(len(x), -1, -1, -1)
+        q = split_heads(self.q(self.latent), self.head_dim).expand(x.shape[0], -1, -1, -1)
         k, v = (split_heads(part, self.head_dim) for part in self.kv(x).split(self.dim, dim=-1))
+        check_mask(mask, q, k)
         pooled = self.proj(join_heads(attend(q, k, v, None, mask)))
         pooled = pooled + self.mlp(self.norm(pooled))
         return pooled[:, 0] if pooled.shape[1] == 1 else pooled

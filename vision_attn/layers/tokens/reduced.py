@@ -15,6 +15,7 @@ from vision_attn.layers.tokens.base import (
     Grid,
     attend,
     check_grid,
+    check_size,
     check_tokens,
     join_heads,
     refuse,
@@ -183,6 +184,7 @@ class AgentAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = width_of_heads(dim, num_heads)
         check_positive("num_agents", num_agents)
+        check_size("grid_size", grid_size)
         self.side = math.isqrt(num_agents)
         if self.side**2 != num_agents:
             near = (self.side**2, (self.side + 1) ** 2)
@@ -335,5 +337,5 @@ class LatentAttention(nn.Module):
         """
         check_tokens(x, self.dim)
         refuse("latent attention", mask=mask, rope=rope)
-        latents = self.latents.repeat(len(x), 1, 1)
+        latents = self.latents.repeat(x.shape[0], 1, 1)
         return self.read(x, self.norm(latents + self.gather(latents, x)))

@@ -147,9 +147,9 @@ class WindowAttention(Attention):
         if together is not None:
             together = F.pad(together[:, None], (num_prefix, 0), value=True)
         if self.relative_bias is None:
-            return None if together is None else together.repeat(len(x), 1, 1, 1)
+            return None if together is None else together.repeat(x.shape[0], 1, 1, 1)
         bias = F.pad(self.relative_bias(windows.size)[None], (num_prefix, 0))
-        return bias if together is None else bias.masked_fill(~together, -torch.inf).repeat(len(x), 1, 1, 1)
+        return bias if together is None else bias.masked_fill(~together, -torch.inf).repeat(x.shape[0], 1, 1, 1)
 
 
 class _Windows:
