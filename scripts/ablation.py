@@ -37,18 +37,8 @@ from vision_attn.layers.factory import create_layer
 
 BLOCKS = ("none", "se", "eca", "cbam", "coord", "triplet", "simam", "gc", "ema")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-COLUMNS = (
-    "block",
-    "seed",
-    "epochs",
-    "train_pictures",
-    "depth",
-    "width",
-    "parameters",
-    "multiply_adds",
-    "seconds",
-    "right",
-)
+SETTINGS = ("block", "seed", "epochs", "train_pictures", "depth", "width", "batch_size", "lr")
+COLUMNS = (*SETTINGS, "parameters", "multiply_adds", "seconds", "right")
 
 
 def main() -> None:
@@ -81,8 +71,13 @@ def main() -> None:
 
 def is_run(row: dict[str, str], block: str, seed: int, options: argparse.Namespace) -> bool:
     """Whether a line of the CSV is the run of this block and seed with these options."""
-    wanted = (block, seed, options.epochs, options.train_pictures, options.depth, options.width)
-    return all(row[name] == str(value) for name, value in zip(COLUMNS, wanted, strict=False))
+    return all(row[name] == value for name, value in settings(block, seed, options).items())
+
+
+def settings(block: str, seed: int, options: argparse.Namespace) -> dict[str, str]:
+    """Returns what a run is told by, as the CSV has it."""
+    values = {"block": block, "seed": seed, **{name: getattr(options, name) for name in SETTINGS[2:]}}
+    return {name: str(value) for name, value in values.items()}
 
 
 def run(
@@ -99,17 +94,13 @@ def run(
     right = answers(network, *test, device=device)
     print(f"{block} seed {seed}: {right.float().mean():.2%} in {seconds:.0f} s", flush=True)
     bits = np.packbits(right.numpy()).tobytes().hex()
-    values = (
-        block,
-        seed,
-        options.epochs,
-        options.train_pictures,
-        options.depth,
-        options.width,
-        *counts,
-        f"{seconds:.1f}",
-    )
-    return dict(zip(COLUMNS, [*map(str, values), f"{len(right)}:{bits}"], strict=True))
+    return {
+        **settings(block, seed, options),
+        "parameters": str(counts[0]),
+        "multiply_adds": str(counts[1]),
+        "seconds": f"{seconds:.1f}",
+        "right": f"{len(right)}:{bits}",
+    }
 
 
 def resnet(block: str, seed: int, *, depth: int, width: int) -> nn.Module:
@@ -275,7 +266,8 @@ def table(rows: list[dict[str, str]], options: argparse.Namespace) -> Table:
         seconds.setdefault(row["block"], []).append(float(row["seconds"]))
     printed = Table(
         title=f"ResNet-{6 * options.depth + 2}, width {options.width}, {options.train_pictures:,} pictures, "
-        f"{options.epochs} epochs, {options.seeds} seeds, {options.device}",
+        f"{options.epochs} epochs in batches of {options.batch_size}, lr {options.lr}, {options.seeds} seeds, "
+        f"{options.device}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

@@ -412,6 +412,9 @@ def test_another_model_is_refused(artefact, photos, tmp_path, capsys):
         next(model.parameters()).view(-1)[0].add_(1e-3)
     with pytest.raises(UsageError, match=r"expected the model with which .* got one with other weights"):
         explain_photos(model, [photos], out)
+    merging = load_model(artefact).merge_tokens(4)
+    with pytest.raises(UsageError, match=r"expected the model with which .* or merged tokens"):
+        explain_photos(merging, [photos], out)
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

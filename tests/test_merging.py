@@ -353,7 +353,11 @@ def test_training_and_models_that_cannot_merge_are_refused() -> None:
     with pytest.raises(UsageError, match="got rotary positions"):
         ViT(**{**TINY, "rope": "axial"}).merge_tokens(2)
     with pytest.raises(UsageError, match="got window or other attention"):
-        ViT(**{**TINY, "attention": ("window", "self")}).merge_tokens(2)
+        ViT(**{**TINY, "attn_layer": ("window", "self")}).merge_tokens(2)
+    biased = ViT(**TINY, attn_options={"self": {"relative_bias": (5, 7)}})
+    with pytest.raises(UsageError, match="added once in every layer to merge tokens, got relative biases"):
+        biased.merge_tokens(2)
+    assert biased.merge_tokens(0).merged_tokens == ()
 
 
 def test_merging_is_no_part_of_the_weights_and_survives_a_copy() -> None:

@@ -1,5 +1,6 @@
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from vision_attn.attribution.base import default_method, explain
 from vision_attn.capture import AttentionCapture
+from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import CheckpointMismatchError, UsageError
+from vision_attn.export import save_model
 from vision_attn.layers.tokens import list_token_layers
+from vision_attn.models.factory import create_model, load_model
 from vision_attn.models.from_timm import options_of
 from vision_attn.models.vit import ViT, sincos2d
 from vision_attn.models.vit_config import grid_of
 from vision_attn.models.weights import load_into
+from vision_attn.training.module import Classifier
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -57,10 +62,10 @@ def tiny_pair(**options: object) -> tuple[nn.Module, ViT]:
     ("name", "built", "other"),
     [
         ("vit_tiny_patch16_224", 224, (160, 256)),
-        ("vit_base_patch16_siglip_224", 224, (32, 48)),
-        ("vit_small_patch14_reg4_dinov2", 518, (140, 196)),
-        ("deit3_small_patch16_224", 224, (96, 128)),
-        ("vit_medium_patch16_gap_256", 256, (64, 96)),
+        pytest.param("vit_base_patch16_siglip_224", 224, (32, 48), marks=pytest.mark.slow),
+        pytest.param("vit_small_patch14_reg4_dinov2", 518, (140, 196), marks=pytest.mark.slow),
+        pytest.param("deit3_small_patch16_224", 224, (96, 128), marks=pytest.mark.slow),
+        pytest.param("vit_medium_patch16_gap_256", 256, (64, 96), marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()
@@ -200,6 +205,25 @@ def test_published_evas_have_the_logits_of_timm(name: str) -> None:
     for grid in ((6, 9), ours.options.grid_size):
         images = images_of(1, 3, grid[0] * side, grid[1] * side)
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eva02_base_patch14_224", "eva02_base_patch16_clip_224"])
+@torch.no_grad()
+def test_all_layers_of_eva02_differ_by_rounding_alone(name: str) -> None:
+    theirs = fill(timm.create_model(name, num_classes=1000, dynamic_img_size=True)).eval()
+    ours = ViT(**options_of(theirs, name)).eval()
+    load_into(ours, theirs.state_dict())
+    images = images_of(1, 3, *ours.options.img_size)
+    expected = theirs(images)
+    assert (ours(images) - expected).norm() < 1e-5 * expected.norm()
+    theirs, ours, images = theirs.double(), ours.double(), images.double()
+    expected = theirs(images)
+    assert (ours(images) - expected).norm() < 2e-6 * expected.norm()
+    # What is left of that are timm's angles, which it computes in float32.
+    rotation = ours.rope(ours.options.grid_size, dtype=torch.float64)
+    theirs.rope.get_embed = lambda shape=None: torch.cat([rotation.sin, rotation.cos], dim=-1)
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
@@ -398,24 +422,24 @@ def test_reset_classifier_gives_features_or_new_classes() -> None:
 
 
 def test_layers_take_turns_and_a_window_as_large_as_the_grid_is_all_attention() -> None:
-    options = {**TINY, "depth": 5, "reg_tokens": 1, "attention_options": {"window": {"window_size": 2}}}
-    model = ViT(**options, attention=("window", "window", "self"))
+    options = {**TINY, "depth": 5, "reg_tokens": 1, "attn_options": {"window": {"window_size": 2}}}
+    model = ViT(**options, attn_layer=("window", "window", "self"))
     names = [type(block.attn).__name__ for block in model.blocks]
     assert names == ["WindowAttention", "WindowAttention", "SelfAttention", "WindowAttention", "WindowAttention"]
     assert not model.attends_globally and ViT(**TINY).attends_globally
     whole = {"window": {"window_size": 9, "relative_bias": False}}
-    windows = ViT(**{**options, "attention_options": whole}, attention=["window", "self"])
-    plain = ViT(**{**options, "attention_options": {}})
+    windows = ViT(**{**options, "attn_options": whole}, attn_layer=["window", "self"])
+    plain = ViT(**{**options, "attn_options": {}})
     plain.load_state_dict(fill(windows).state_dict(), strict=True)
     images = images_of(2, 3, 32, 48)
     torch.testing.assert_close(windows.eval()(images), plain.eval()(images))
-    small = ViT(**options, attention=("window", "self"))
+    small = ViT(**options, attn_layer=("window", "self"))
     small.load_state_dict(windows.state_dict(), strict=False)
     assert not torch.allclose(small.eval()(images), plain(images), atol=1e-3)
 
 
 def test_window_layers_are_shown_where_they_lie_and_rollout_is_refused() -> None:
-    options = {"attention": ("window", "self"), "attention_options": {"window": {"window_size": 2, "shift": 1}}}
+    options = {"attn_layer": ("window", "self"), "attn_options": {"window": {"window_size": 2, "shift": 1}}}
     model = fill(ViT(**TINY, reg_tokens=1, **options)).double().eval()
     images = images_of(2, 3, 32, 48).double()
     with AttentionCapture(model) as capture, torch.no_grad():
@@ -434,18 +458,18 @@ def test_window_layers_are_shown_where_they_lie_and_rollout_is_refused() -> None
         with pytest.raises(UsageError, match=f"for {method}, got windows of 4 tokens in 'blocks.0.attn': use grad_cam"):
             explain(model, images, method=method)
     # Layers that come last and leave no attention between tokens are not passed over.
-    model = ViT(**TINY, attention=("self", "linear")).eval()
+    model = ViT(**TINY, attn_layer=("self", "linear")).eval()
     for method in ("rollout", "generic", "grad_rollout", "legrad"):
         with pytest.raises(UsageError, match=f"in every layer for {method}, got a ViT with layers of another kind"):
             explain(model, images.float(), method=method)
     assert explain(model, images.float(), method="grad_cam").maps.shape == (2, 4, 6)
-    pooled = ViT(**TINY, attention="spatial_reduction").eval()
+    pooled = ViT(**TINY, attn_layer="spatial_reduction").eval()
     assert explain(pooled, images.float(), method="raw").maps.shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize("name", list_token_layers())
 def test_every_token_layer_is_an_attention_of_the_encoder(name: str) -> None:
-    model = fill(ViT(**TINY, reg_tokens=1, attention=(name, "self"), rope="mixed")).double().eval()
+    model = fill(ViT(**TINY, reg_tokens=1, attn_layer=(name, "self"), rope="mixed")).double().eval()
     images = images_of(2, 3, 24, 40).double()
     output = model(images)
     torch.testing.assert_close(output, torch.cat([model(image[None]) for image in images]))
@@ -458,7 +482,7 @@ def test_every_token_layer_is_an_attention_of_the_encoder(name: str) -> None:
 
 def test_the_models_options_reach_the_layers_and_their_own_come_last() -> None:
     own = {"window": {"num_heads": 1, "window_size": 2}, "self": {"gated": "headwise"}}
-    model = ViT(**TINY, attention=("window", "self"), qk_norm=True, qkv_bias=False, attention_options=own)
+    model = ViT(**TINY, attn_layer=("window", "self"), qk_norm=True, qkv_bias=False, attn_options=own)
     window, plain = (block.attn for block in model.blocks)
     assert (window.num_heads, window.window_size, plain.num_heads) == (1, 2, 2)
     assert window.qkv.bias is None and plain.qkv.bias is None
@@ -466,8 +490,82 @@ def test_the_models_options_reach_the_layers_and_their_own_come_last() -> None:
     assert isinstance(window.q_norm, nn.LayerNorm) and window.q_norm.eps == 1e-6
 
 
+@torch.no_grad()
+def test_layers_by_name_go_together_with_attached_blocks_and_come_back_from_an_artefact(tmp_path: Path) -> None:
+    options = {**TINY, "depth": 3, "reg_tokens": 1, "attn_layer": ["window", "window", "self"], "rope": "mixed"}
+    options["attn_options"] = {"window": {"window_size": 3, "shift": 1}}
+    del options["num_classes"]
+    classifier = Classifier("va_vit", num_classes=3, options=options, attention={"name": "eca", "where": "blocks.2"})
+    model = classifier.network.eval()
+    assert [block.turns for block in (model.blocks[0], model.blocks[1])] == [True, True]
+    preprocessing = Preprocessing((32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, transforms=())
+    arguments = {"architecture": model.architecture, "model_args": model.model_args, "layout": model.token_layout()}
+    save_model(tmp_path / "a", model, classes=("a", "b", "c"), preprocessing=preprocessing, **arguments)
+    again = load_model(tmp_path / "a")
+    images = images_of(2, 3, 32, 40)
+    torch.testing.assert_close(again(images), model(images))
+    assert again.options == model.options and again.layout.prefix == ("class", "register")
+    with pytest.raises(UsageError, match="expected num_classes beside model"):
+        Classifier("va_vit", num_classes=3, options=TINY)
+
+
+def test_a_checkpoint_with_timms_keys_is_fine_tuned_with_other_classes() -> None:
+    theirs, ours = tiny_eva("dinov3_plus")
+    options = {name: value for name, value in ours.config.items() if name != "num_classes"}
+    model = create_model("va_vit", num_classes=3, checkpoint=theirs.state_dict(), **options).eval()
+    images = images_of(2, 3, 32, 48)
+    assert model(images).shape == (2, 3)
+    torch.testing.assert_close(model.forward_features(images), theirs.forward_features(images), atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_positions_are_as_wide_as_the_heads_that_turn() -> None:
+    for own in ({"differential": True}, {"num_heads": 4}, {"head_dim": 8}):
+        for rope in ("axial", "mixed"):
+            model = ViT(**TINY, rope=rope, attn_options={"self": own})
+            (batch,) = {len(model(images_of(2, 3, 32, 40)))}
+            assert batch == 2 and model.blocks[0].attn.head_dim == 8
+    grouped = {"self": {"num_kv_heads": 1}}
+    assert ViT(**TINY, rope="axial", attn_options=grouped)(images_of(1, 3, 32, 40)).shape == (1, 5)
+
+
+def test_pruned_and_resized_models_are_rebuilt_by_their_config() -> None:
+    pruned = ViT(**{**TINY, "depth": 4}, rope="mixed", attn_layer=("self", "self", "window", "linear"))
+    pruned.prune_intermediate_layers([1], prune_head=False)
+    assert pruned.options.attn_layer == "self" and pruned.rope.freqs.shape[1] == 2
+    without = ViT(**TINY, rope="mixed", attn_layer=("linear", "self"))
+    without.prune_intermediate_layers([0], prune_head=False)
+    assert without.rope is None and without.options.rope is None
+    resized = ViT(**TINY, attn_layer=("agent", "self"), attn_options={"agent": {"num_agents": 4}})
+    resized.set_input_size((48, 40))
+    images = images_of(1, 3, 48, 40)
+    for model in (pruned, without, resized):
+        again = ViT(**json.loads(json.dumps(model.config))).eval()
+        again.load_state_dict(model.state_dict(), strict=True)
+        torch.testing.assert_close(again(images), model.eval()(images))
+
+
+def test_weight_decay_leaves_positions_and_tokens_alone() -> None:
+    model = ViT(**{**TINY, "depth": 3}, reg_tokens=1, rope="mixed", attn_layer=("window", "latent", "self"))
+    learned = {"blocks.0.attn.relative_bias.table", "blocks.1.attn.latents", "rope.freqs"}
+    assert model.no_weight_decay() == {"pos_embed", "cls_token", "reg_token"} | learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["latent", "window", "merging"])
+def test_an_exported_graph_takes_batches_of_any_size(name: str) -> None:
+    if name == "merging":
+        model = fill(ViT(**TINY)).eval().merge_tokens(3)
+    else:
+        options = {"window": {"window_size": 3, "shift": 1}} if name == "window" else {}
+        model = fill(ViT(**TINY, reg_tokens=1, attn_layer=(name, "self"), attn_options=options, rope="mixed")).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    graph = torch.export.export(model, (images_of(2, 3, 32, 40),), dynamic_shapes=({0: batch},)).module()
+    images = images_of(5, 3, 32, 40)
+    torch.testing.assert_close(graph(images), model(images))
+
+
 def test_checkpointing_keeps_the_gradients_of_rotary_and_window_layers() -> None:
-    model = fill(ViT(**TINY, rope="axial", attention=("window", "self"), mlp="swiglu"))
+    model = fill(ViT(**TINY, rope="axial", attn_layer=("window", "self"), mlp="swiglu"))
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -540,12 +638,37 @@ def test_a_fixed_size_is_kept_where_it_is_asked_for() -> None:
         ({"class_token": False}, "expected a class token"),
         ({"stem": "conv", "patch_size": 16, "img_size": (48, 32), "pos_interpolation": "bilinear"}, "interpolation"),
         ({"stem": "conv", "patch_size": 12, "img_size": 48}, "power of two for the conv stem, got 12 x 12"),
-        ({"attention": "windows"}, "known attention, got 'windows': did you mean 'window'"),
-        ({"attention": ()}, "known attention, got ''"),
-        ({"attention_options": {"window": {}}}, "attention_options for self, got 'window': leave it out"),
-        ({"attention_options": {"self": {"heads": 3}}}, "option of self, got 'heads'"),
-        ({"attention": "linear", "qk_norm": True}, "qk_norm=False for layers of 'linear' attention, .* got True"),
-        ({"attention": "window", "patch_drop_rate": 0.1}, "no patch_drop_rate with 'window' attention"),
+        ({"attn_layer": "windows"}, "known attention, got 'windows': did you mean 'window'"),
+        ({"attn_layer": ()}, "known attention, got ''"),
+        ({"attn_options": {"window": {}}}, "attn_options for self, got 'window': leave it out"),
+        ({"attn_options": {"self": {"heads": 3}}}, "option of self, got 'heads'"),
+        ({"attn_layer": "linear", "qk_norm": True}, "qk_norm=False for layers of 'linear' attention, .* got True"),
+        ({"attn_layer": 3}, "attn_layer as one name or several that take turns, got 3"),
+        ({"attn_layer": [["self"]]}, "known attention, got .* did you mean 'self'"),
+        ({"attn_layer": ["self"] * 3}, "attention for 2 layers at most, got 3 names"),
+        ({"attn_options": 7}, "attn_options as options by name, got 7"),
+        ({"attn_options": {"self": 7}}, "attn_options of 'self' as options by name, got 7"),
+        ({"attn_options": {"self": {"dim": 7}}}, "no dim in attn_options of 'self', which the model gives, got 7"),
+        (
+            {"attn_options": {"self": {"relative_bias": [4, 4]}}, "patch_drop_rate": 0.5},
+            "patch_drop_rate with a relative_",
+        ),
+        ({"attn_layer": "linear", "rope": "axial"}, r"a layer that takes rotary positions .* got linear"),
+        ({"attn_layer": "window", "k_bias": False}, "k_bias=true for window attention, got false"),
+        ({"rope": "mixed", "rope_options": {"depth": 3}}, "no depth in rope_options, which the model gives"),
+        ({"rope": "axial", "rope_options": {"temperature": 0}}, "temperature as a number above 0, got 0"),
+        ({"rope": "axial", "rope_options": {"reference_grid": 3}}, r"reference_grid=\(h, w\) in patches, got 3"),
+        (
+            {"rope": "mixed", "attn_options": {"self": {"num_kv_heads": 1}}},
+            "each with its own keys, .* got heads that share",
+        ),
+        ({"rope": ""}, "rotary positions, got ''"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio that leaves a hidden width, got 0.001"),
+        ({"reg_tokens": -1}, "reg_tokens as a whole number from 0, got -1"),
+        ({"drop_path_rate": 2}, "drop_path_rate as a share from 0 to below 1, got 2"),
+        ({"class_token": "false"}, "class_token as true or false, got 'false'"),
+        ({"img_size": 2.5}, r"a positive size or \(height, width\), got 2.5"),
+        ({"attn_layer": "window", "patch_drop_rate": 0.1}, "no patch_drop_rate with 'window' attention"),
         ({"rope": "axis"}, "rotary positions, got 'axis': did you mean 'axial'"),
         ({"rope": "axial", "rope_options": {"temperatur": 10}}, "did you mean 'temperature'"),
         ({"rope_options": {"temperature": 10}}, "rope='axial' or 'mixed' for rope_options"),

@@ -247,11 +247,14 @@ class _Plan:
 
 def _settings(model: nn.Module, methods: Mapping[str, Mapping[str, Any]], plan: _Plan) -> dict[str, Any]:
     """Returns all that the pictures depend on, as JSON gives it back."""
+    # What a model was told after it was built: neither weights nor config have it.
+    merged = [list(found) for part in model.modules() if (found := getattr(part, "merged_tokens", ()))]
     settings = {
         "model": {
             "weights": _fingerprint(model),
             "classes": list(getattr(model, "classes", None) or ()),
             "preprocessing": model.preprocessing.to_dict(),  # type: ignore[operator, union-attr]
+            **({"merged_tokens": merged} if merged else {}),
         },
         "methods": methods,
         "targets": plan.targets,
@@ -292,8 +295,8 @@ def _rows_before(out: Path, settings: Mapping[str, Any], plan: _Plan) -> dict[st
         raise UsageError(f"expected JSON in {out / SETTINGS_FILE}, got {error}: choose another --out") from error
     if before.get("model") != settings["model"]:
         raise UsageError(
-            f"expected the model with which {out} was begun, got one with other weights, classes or preprocessing: "
-            "choose another folder with --out"
+            f"expected the model with which {out} was begun, got one with other weights, classes, preprocessing or "
+            "merged tokens: choose another folder with --out"
         )
     for key, value in settings.items():
         if before.get(key) != value:

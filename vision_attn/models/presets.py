@@ -37,6 +37,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "no_embed_class": True,
         "init_values": 1e-5,
     },
+    # Two layers of windows, then one in which all tokens meet: 7 x 7 divides the grid of 14 x 14.
+    "va_vit_small_patch16_window7_224": {
+        **_SMALL,
+        "attn_layer": ("window", "window", "self"),
+        "attn_options": {"window": {"window_size": 7}},
+    },
+    # Rotary positions alone, and SwiGLU as wide as leaves the parameters of an MLP of ratio 4 (Shazeer 2020).
+    "va_vit_small_patch16_rope_swiglu_224": {
+        **_SMALL,
+        "pos_embed": "none",
+        "rope": "axial",
+        "mlp": "swiglu",
+        "mlp_ratio": 8 / 3,
+    },
 }
 
 

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,10 @@ class ViT(nn.Module):
             if c.patch_drop_rate
             else None
         )
-        self.rope = _rotary(c)
+        blocks = [Block(c, i) for i in range(c.depth)]
+        self.rope = _rotary(c, blocks)
         self.norm_pre = _norm(c, when=c.pre_norm)
-        self.blocks = nn.Sequential(*[Block(c, i) for i in range(c.depth)])
+        self.blocks = nn.Sequential(*blocks)
         self.norm = _norm(c, when=c.final_norm and not c.norms_after_pooling)
         self.attn_pool = AttentionPool(c) if c.global_pool == "map" else None
         self.fc_norm = _norm(c, when=c.final_norm and c.norms_after_pooling)
@@ -130,8 +132,8 @@ class ViT(nn.Module):
     ) -> "ViT":
         """Returns a ViT with the architecture of a timm model, and its weights where a checkpoint is given.
 
-        The logits are timm's: to 1e-5 in float32 and to 1e-10 in float64 (rotary positions to 1e-6: timm computes their
-        angles in float32).
+        The logits are timm's: the difference is below 1e-5 of their norm in float32, and below 1e-10 in float64 (with
+        rotary positions 1e-6, since timm computes their angles in float32).
 
         Args:
             name: A timm name of its `VisionTransformer` or `Eva` family, such as "deit3_small_patch16_224",
@@ -207,7 +209,9 @@ class ViT(nn.Module):
         """Returns what `embed` does, and in training the patches (B, n) that patch dropout left."""
         grid = self._grid(images)
         tokens = self.patch_embed(images)
-        prefix = [token.expand(len(tokens), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [
+            token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
+        ]
         positions = self._positions(grid)
         if positions is not None and self.no_embed_class:
             tokens = tokens + positions
@@ -303,7 +307,8 @@ class ViT(nn.Module):
 
         Raises:
             UsageError: r is negative or of another number of layers, or the model's layers are not plain
-                self-attention with positions that are added once (rotary ones have no place for a merged token).
+                self-attention with positions that are added once (rotary ones and relative biases have no place for a
+                merged token).
 
         Example:
             >>> model = ViT(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2).eval().merge_tokens(8)
@@ -311,25 +316,33 @@ class ViT(nn.Module):
             torch.Size([1, 1000])
         """
         depth = len(self.blocks)
-        schedule = list(r) if isinstance(r, Sequence) else [r] * depth
-        if len(schedule) != depth or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in schedule):
+        schedule: list[Any] = list(r) if isinstance(r, Sequence) else [r] * depth
+        if len(schedule) != depth or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 0 for n in schedule):
             raise UsageError(
                 f"expected tokens to merge as a whole number from 0, or {depth}, one for each layer, got {r!r}: "
                 "8 is a start for 196 patches"
             )
-        lacking = "rotary positions" if self.rope is not None else "window or other attention"
-        if self.rope is not None or not self.attends_globally:
-            raise UsageError(
-                f"expected self-attention without rotary positions in every layer to merge tokens, got {lacking}: "
-                "use this model as it is"
+        lacking = [
+            what
+            for what, found in (
+                ("rotary positions", self.rope is not None),
+                ("window or other attention", not self.attends_globally),
+                ("relative biases", any(getattr(block.attn, "relative_bias", None) for block in self.blocks)),
             )
-        self.merged_tokens = tuple(schedule) if any(schedule) else ()
+            if found
+        ]
+        if lacking and any(schedule):
+            raise UsageError(
+                "expected self-attention with positions that are added once in every layer to merge tokens, got "
+                f"{' and '.join(lacking)}: use this model as it is"
+            )
+        self.merged_tokens = tuple(int(n) for n in schedule) if any(schedule) else ()
         return self
 
     @property
     def attends_globally(self) -> bool:
         """Whether every token attends to every other in each layer."""
-        return set(self.options.attention_names) == {"self"}
+        return set(self.options.attn_layers) == {"self"}
 
     # What timm's tools ask for.
 
@@ -358,8 +371,10 @@ class ViT(nn.Module):
                         nn.init.xavier_uniform_(matrix)
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the parameters that weight decay must not touch, beside biases and norms."""
-        return {"pos_embed", "cls_token", "reg_token"} | ({"rope.freqs"} if self.options.rope == "mixed" else set())
+        """Returns the parameters that weight decay must not touch, beside biases and norms: positions and tokens."""
+        learned = ("relative_bias.table", "attn.latents", "rope.freqs")
+        found = {name for name, _ in self.named_parameters() if name.endswith(learned)}
+        return {"pos_embed", "cls_token", "reg_token"} | found
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns timm's patterns that sort parameters by depth, for layer-wise learning-rate decay."""
@@ -411,7 +426,7 @@ class ViT(nn.Module):
             raise UsageError(f"expected patches of {self.options.patch_size}, got {patch_size}: build a new model")
         if img_size is None:
             return
-        options = replace(self.options, img_size=pair_of(img_size))
+        options = replace(self.options, img_size=pair_of(img_size), attn_options=self._built_for())
         positions = self._positions(options.grid_size)
         if isinstance(self.pos_embed, nn.Parameter):
             assert positions is not None
@@ -421,6 +436,14 @@ class ViT(nn.Module):
         self.options = options
         self.patch_embed.set_img_size(options.img_size)
         self._record()
+
+    def _built_for(self) -> dict[str, dict[str, Any]]:
+        """Returns `attn_options` with the grid that a layer's own positions are built for, so that it stays theirs."""
+        own = {name: dict(options) for name, options in self.options.attn_options.items()}
+        for name in {*self.options.attn_layers}:
+            if "grid_size" in inspect.signature(TOKEN_LAYERS.get(name)).parameters:
+                own.setdefault(name, {}).setdefault("grid_size", self.options.grid_size)
+        return own
 
     def forward_intermediates(
         self,
@@ -466,14 +489,32 @@ class ViT(nn.Module):
     ) -> list[int]:
         """Removes the blocks after the last wanted one, and the norm and head on request; returns the block numbers."""
         wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        self.options = replace(self.options, depth=last + 1)
+        self._shorten(last + 1)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
         return wanted
+
+    def _shorten(self, depth: int) -> None:
+        """Removes all blocks but the first `depth`, and the options and positions of the others."""
+        c = self.options
+        self.blocks = self.blocks[:depth]
+        self.merged_tokens = self.merged_tokens[:depth]
+        names = c.attn_layers[:depth]
+        changes: dict[str, Any] = {
+            "depth": depth,
+            "attn_layer": names if len({*names}) > 1 else names[0],
+            "attn_options": {name: own for name, own in c.attn_options.items() if name in names},
+        }
+        if not any(block.turns for block in self.blocks):
+            self.rope = None
+            changes.update(rope=None, rope_options={})
+        elif isinstance(self.rope, MixedRotary):
+            kept, freqs = self.rope.freqs.detach()[:, :depth].clone(), self.rope.freqs
+            self.rope.freqs = nn.Parameter(kept, requires_grad=freqs.requires_grad)
+        self.options = replace(c, **changes)
 
     def _record(self) -> None:
         """Tells timm's own tools the options as they are now (its exporter and data config read these two)."""
@@ -537,7 +578,7 @@ class Block(nn.Module):
     def __init__(self, c: ViTConfig, index: int) -> None:
         super().__init__()
         drop_path = c.drop_path_rate * index / max(c.depth - 1, 1)
-        name = c.attention_names[index]
+        name = c.attn_layers[index]
         self.num_prefix = c.num_prefix_tokens
         self.norm1 = _norm(c)
         self.attn = SelfAttention(c, index) if name == "self" else _token_layer(c, name, index)
@@ -577,7 +618,7 @@ class SelfAttention(Attention):
     """softmax(q k^T / sqrt(D)) v for each head (Vaswani et al. 2017), which merging can see; (B, N, C) to (B, N, C)."""
 
     def __init__(self, c: ViTConfig, index: int) -> None:
-        options = _attention_options(c, "self", index)
+        options = _layer_options(c, "self", index)
         check_options("self", Attention, options)
         super().__init__(c.embed_dim, **options)
         if c.qkv_bias and not c.k_bias:
@@ -658,10 +699,10 @@ def _mlp(c: ViTConfig) -> nn.Module:
 
 
 def _token_layer(c: ViTConfig, name: str, index: int) -> nn.Module:
-    return create_token_layer(name, c.embed_dim, **_attention_options(c, name, index))
+    return create_token_layer(name, c.embed_dim, **_layer_options(c, name, index))
 
 
-def _attention_options(c: ViTConfig, name: str, index: int) -> dict[str, Any]:
+def _layer_options(c: ViTConfig, name: str, index: int) -> dict[str, Any]:
     """Returns what the attention of layer `index` is made with: the model's options that it has, and its own.
 
     Raises:
@@ -687,19 +728,47 @@ def _attention_options(c: ViTConfig, name: str, index: int) -> dict[str, Any]:
                 f"expected {option}={value} for layers of {name!r} attention, which have no other, "
                 f"got {common[option]}: change it, or the attention"
             )
-    return {option: value for option, value in common.items() if option in known} | _tuples(
-        c.attention_options.get(name, {})
-    )
+    own = _tuples(c.attn_options.get(name, {}))
+    _refuse_given(own, ("dim", "kv_dim"), f"attn_options of {name!r}")
+    return {option: value for option, value in common.items() if option in known} | own
 
 
-def _rotary(c: ViTConfig) -> AxialRotary | MixedRotary | None:
+def _rotary(c: ViTConfig, blocks: Sequence[nn.Module]) -> AxialRotary | MixedRotary | None:
+    """Returns the rotary positions of the layers that turn by them.
+
+    Raises:
+        UsageError: an option is unknown, or the layers' heads differ.
+    """
     if c.rope is None:
         return None
     options = _tuples(c.rope_options)
+    _refuse_given(options, ("head_dim", "dim", "num_heads", "depth"), "rope_options")
     check_options(f"{c.rope} rotary positions", AxialRotary if c.rope == "axial" else MixedRotary, options)
+    layers: list[Any] = [block.attn for block in blocks if block.turns]
+    widths = sorted({layer.head_dim for layer in layers})
+    if len(widths) > 1:
+        raise UsageError(
+            f"expected heads of one width in all layers with rotary positions, got {widths}: change attn_options"
+        )
     if c.rope == "axial":
-        return AxialRotary(c.embed_dim // c.num_heads, **options)
-    return MixedRotary(c.embed_dim, c.num_heads, c.depth, **options)
+        return AxialRotary(widths[0], **options)
+    heads = sorted({layer.num_heads for layer in layers})
+    if len(heads) > 1 or any(layer.grouped for layer in layers):
+        got = "heads that share keys" if len(heads) == 1 else heads
+        raise UsageError(
+            f"expected as many heads, each with its own keys, in all layers for rope='mixed', got {got}: use 'axial', "
+            "or change attn_options"
+        )
+    return MixedRotary(heads[0] * widths[0], heads[0], c.depth, **options)
+
+
+def _refuse_given(options: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Raises a UsageError where options have what the model itself gives."""
+    for name in names:
+        if name in options:
+            raise UsageError(
+                f"expected no {name} in {where}, which the model gives, got {options[name]!r}: leave it out"
+            )
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -709,7 +778,9 @@ def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rotation_of(rotation: Rotation, kept: Tensor, num_prefix: int) -> Rotation:
     """Returns the angles of the prefix and of the patches (B, n) that are left, (B, 1 or K, num_prefix + n, D)."""
-    places = torch.cat([torch.arange(num_prefix, device=kept.device).expand(len(kept), -1), kept + num_prefix], dim=1)
+    places = torch.cat(
+        [torch.arange(num_prefix, device=kept.device).expand(kept.shape[0], -1), kept + num_prefix], dim=1
+    )
     sin, cos = (
         part[places][:, None] if part.ndim == 2 else part[:, places].transpose(0, 1)
         for part in (rotation.sin, rotation.cos)

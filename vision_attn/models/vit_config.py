@@ -1,7 +1,7 @@
 """The choices of a `ViT`, checked as they are made; what `vit.py` builds from and `from_timm.py` fills in."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,6 +21,18 @@ ROTARY = ("axial", "mixed")
 STEMS = ("patch", "conv")
 INITS = ("trunc_normal", "xavier")
 
+_SHARE = "share from 0 to below 1"
+# Kind, least value (None: above 0), and both in words.
+_RANGES: dict[str, tuple[type, int | None, str]] = {
+    **dict.fromkeys(("embed_dim", "depth", "num_heads", "in_chans"), (Integral, 1, "whole number above 0")),
+    **dict.fromkeys(("num_classes", "reg_tokens", "stem_extra"), (Integral, 0, "whole number from 0")),
+    **dict.fromkeys(("mlp_ratio", "norm_eps"), (Real, None, "number above 0")),
+    **{
+        f"{part}_rate": (Real, 0, _SHARE)
+        for part in ("drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop", "drop_path")
+    },
+}
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -35,9 +47,9 @@ class ViTConfig:
         depth: Number of blocks.
         num_heads: K, a divisor of `embed_dim`.
         mlp_ratio: Hidden width of the MLPs over C.
-        attention: Which attention each layer has: "self", all tokens to all, or another of `list_token_layers()`. One
-            name, or several that take turns: ("window", "window", "self") makes every third layer global.
-        attention_options: Options of those layers by name, as in {"window": {"window_size": 7}}.
+        attn_layer: Which attention each layer has: "self", all tokens to all, or another of `list_token_layers()`. One
+            name, or at most `depth` that take turns: ("window", "window", "self") makes every third layer global.
+        attn_options: Options of those layers by name, as in {"window": {"window_size": 7}}.
         qkv_bias: Whether queries, keys and values have a bias.
         k_bias: Whether the keys have one, where queries and values do; without, as in EVA-02, the keys' third of
             `qkv.bias` is there, zero, and never used.
@@ -53,8 +65,8 @@ class ViTConfig:
         reg_tokens: Registers after it (Darcet et al. 2024, https://arxiv.org/abs/2309.16588).
         no_embed_class: Positions for the patches only, as in DeiT III and DINOv2 with registers.
         pos_embed: "learn", "sincos2d" (fixed, Beyer et al. 2022, https://arxiv.org/abs/2205.01580) or "none".
-        rope: Rotary positions in every layer, in place of or beside `pos_embed`: "axial" or "mixed" (Heo et al. 2024,
-            https://arxiv.org/abs/2403.13298); None for none.
+        rope: Rotary positions in every layer of "self" and "window" attention, in place of or beside `pos_embed`:
+            "axial" or "mixed" (Heo et al. 2024, https://arxiv.org/abs/2403.13298); None for none.
         rope_options: Options of `AxialRotary` or `MixedRotary`, as in {"temperature": 10_000.0}.
         pos_interpolation: How positions reach another grid: "timm" (antialiased bicubic) or "hf" (plain bicubic).
         dynamic_img_size: Whether images of another size than `img_size` are taken.
@@ -69,7 +81,7 @@ class ViTConfig:
         weight_init: How linear layers of the blocks start: "trunc_normal" (0.02, as timm) or "xavier" (uniform,
             queries, keys and values each as a matrix of its own, as the paper's code); narrow networks learn sooner
             with it.
-        act: "gelu", "gelu_tanh" or "quick_gelu".
+        act: Of MLPs, "gelu", "gelu_tanh" or "quick_gelu"; in "swiglu" the gate has a SiLU whatever this is.
         norm_eps: Epsilon of all LayerNorms.
         drop_rate: Dropout before the head.
         pos_drop_rate: Dropout after the positions.
@@ -91,8 +103,8 @@ class ViTConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
-    attention: str | tuple[str, ...] = "self"
-    attention_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    attn_layer: str | tuple[str, ...] = "self"
+    attn_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     qkv_bias: bool = True
     k_bias: bool = True
     proj_bias: bool = True
@@ -131,35 +143,28 @@ class ViTConfig:
         for kind, name, choices in (
             ("pooling", self.global_pool, POOLINGS),
             ("kind of positions", self.pos_embed, POSITIONS),
-            ("kind of rotary positions", self.rope or ROTARY[0], ROTARY),
+            ("kind of rotary positions", ROTARY[0] if self.rope is None else self.rope, ROTARY),
             ("MLP", self.mlp, MLPS),
             ("interpolation of positions", self.pos_interpolation, INTERPOLATIONS),
             ("stem", self.stem, STEMS),
             ("weight_init", self.weight_init, INITS),
             ("activation", self.act, ACTIVATIONS),
         ):
-            if name not in choices:
-                raise unknown(kind, name, [choice for choice in choices if choice])
+            if not isinstance(name, str) or name not in choices:
+                raise unknown(kind, str(name), [choice for choice in choices if choice])
+        self._check_values()
         grid_of(self.img_size, self.patch_size)
         self._check_attention()
-        for name in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
-            value = getattr(self, name)
-            kind = "number" if name == "mlp_ratio" else "whole number"
-            is_kind = isinstance(value, Real if kind == "number" else Integral)
-            if not is_kind or not value > 0:
-                raise UsageError(f"expected {name} as a {kind} above 0, got {value!r}: correct it")
         if self.embed_dim % self.num_heads:
             raise UsageError(
                 f"expected num_heads to divide embed_dim={self.embed_dim}, got {self.num_heads}: change one of them"
             )
+        if self.mlp_width < 1:
+            raise UsageError(f"expected a mlp_ratio that leaves a hidden width, got {self.mlp_ratio}: raise it")
         if self.global_pool == "token" and not self.class_token:
             raise UsageError("expected a class token for global_pool='token', got none: use 'avg', or class_token=True")
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
             raise UsageError(f"expected embed_dim divisible by 4 for sincos2d, got {self.embed_dim}: round it")
-        if self.rope_options and self.rope is None:
-            raise UsageError(
-                "expected rope='axial' or 'mixed' for rope_options, got none: choose one, or leave them out"
-            )
         height, width = self.patch_size
         if self.stem_extra and self.stem != "conv":
             raise UsageError(f"expected stem='conv' for stem_extra={self.stem_extra}, got {self.stem!r}: leave it out")
@@ -168,30 +173,76 @@ class ViTConfig:
                 f"expected a square patch with a power of two for the conv stem, got {height} x {width}: use 8 or 16"
             )
 
+    def _check_values(self) -> None:
+        """Raises a UsageError where a switch, a number or a table of options is something else."""
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if name in _RANGES:
+                kind, least, what = _RANGES[name]
+                fits = isinstance(value, kind) and not isinstance(value, bool)
+                fits = fits and (value > 0 if least is None else value >= least)
+                if not fits or (what == _SHARE and not value < 1):
+                    raise UsageError(f"expected {name} as a {what}, got {value!r}: correct it")
+            elif isinstance(entry.default, bool) and not isinstance(value, bool):
+                raise UsageError(f"expected {name} as true or false, got {value!r}: choose one")
+            elif name.endswith("_options") and not isinstance(value, Mapping):
+                raise UsageError(f"expected {name} as options by name, got {value!r}: give {{name: value}}")
+        start: Any = self.init_values
+        if start is not None and (not isinstance(start, Real) or start < 0):
+            raise UsageError(f"expected init_values as a number from 0, got {start!r}: 1e-5 is usual")
+
     def _check_attention(self) -> None:
         """Raises a UsageError where a layer's attention is unknown, or options are for none of them."""
-        names = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
-        object.__setattr__(self, "attention", names[0] if len(names) == 1 else names)
+        given = self.attn_layer
+        if not isinstance(given, str | tuple | list):
+            raise UsageError(f"expected attn_layer as one name or several that take turns, got {given!r}: use 'self'")
+        names = (given,) if isinstance(given, str) else tuple(given)
+        object.__setattr__(self, "attn_layer", names[0] if len(names) == 1 else names)
         for name in names or ("",):
-            if name not in TOKEN_LAYERS:
+            if not isinstance(name, str) or name not in TOKEN_LAYERS:
                 raise unknown("attention", str(name), TOKEN_LAYERS)
-        for name in self.attention_options:
+        if len(names) > self.depth:
+            raise UsageError(
+                f"expected attention for {self.depth} layers at most, got {len(names)} names: leave some out, or raise "
+                "depth"
+            )
+        for name, options in self.attn_options.items():
             if name not in names:
                 raise UsageError(
-                    f"expected attention_options for {' or '.join(sorted({*names}))}, got {name!r}: leave it out, or "
-                    "name it in attention"
+                    f"expected attn_options for {' or '.join(sorted({*names}))}, got {name!r}: leave it out, or "
+                    "name it in attn_layer"
+                )
+            if not isinstance(options, Mapping):
+                raise UsageError(
+                    f"expected attn_options of {name!r} as options by name, got {options!r}: give {{name: value}}"
                 )
         for name in sorted({*names} if self.patch_drop_rate else ()):
-            if TOKEN_LAYERS.info(name).get("grid"):
+            biased = name == "self" and self.attn_options.get(name, {}).get("relative_bias")
+            if TOKEN_LAYERS.info(name).get("grid") or biased:
+                what = "a relative_bias" if biased else f"{name!r} attention"
                 raise UsageError(
-                    f"expected no patch_drop_rate with {name!r} attention, which needs the whole grid, got "
+                    f"expected no patch_drop_rate with {what}, which needs the whole grid, got "
                     f"{self.patch_drop_rate}: leave one of them out"
                 )
+        if not self.k_bias and self.qkv_bias and {*names} != {"self"}:
+            raise UsageError(
+                f"expected k_bias=true for {' or '.join(sorted({*names} - {'self'}))} attention, got false: leave it "
+                "out, or set qkv_bias=false too"
+            )
+        if self.rope is None and self.rope_options:
+            raise UsageError(
+                "expected rope='axial' or 'mixed' for rope_options, got none: choose one, or leave them out"
+            )
+        if self.rope is not None and not any(TOKEN_LAYERS.info(name).get("rope") for name in names):
+            raise UsageError(
+                f"expected a layer that takes rotary positions (self, window) for rope={self.rope!r}, got "
+                f"{' and '.join(sorted({*names}))}: leave rope out, or add such a layer"
+            )
 
     @property
-    def attention_names(self) -> tuple[str, ...]:
+    def attn_layers(self) -> tuple[str, ...]:
         """The attention of each layer."""
-        names = (self.attention,) if isinstance(self.attention, str) else self.attention
+        names = (self.attn_layer,) if isinstance(self.attn_layer, str) else self.attn_layer
         return tuple(names[i % len(names)] for i in range(self.depth))
 
     @property
@@ -240,7 +291,8 @@ def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
 
 def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
     """Returns (height, width) from one number or two."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
+    pair: tuple[Any, ...] = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair)
+    if len(pair) != 2 or not whole:
         raise UsageError(f"expected a positive size or (height, width), got {size}: give one number or two")
     return pair[0], pair[1]
