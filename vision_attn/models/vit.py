@@ -29,7 +29,7 @@ from vision_attn.errors import UsageError
 from vision_attn.layers.base import check_options
 from vision_attn.layers.merging import TokenMerging
 from vision_attn.layers.rotary import AxialRotary, MixedRotary, Rotation
-from vision_attn.layers.tokens import TOKEN_LAYERS, Attention, create_token_layer
+from vision_attn.layers.tokens import TOKEN_LAYERS, Attention, MapPooling, create_token_layer
 from vision_attn.layers.tokens.base import join_heads
 from vision_attn.layout import TokenLayout
 from vision_attn.models.from_timm import options_of, refuse_other_keys
@@ -106,7 +106,7 @@ class ViT(nn.Module):
         self.norm_pre = _norm(c, when=c.pre_norm)
         self.blocks = nn.Sequential(*blocks)
         self.norm = _norm(c, when=c.final_norm and not c.norms_after_pooling)
-        self.attn_pool = AttentionPool(c) if c.global_pool == "map" else None
+        self.attn_pool = _map_pooling(c) if c.global_pool == "map" else None
         self.fc_norm = _norm(c, when=c.final_norm and c.norms_after_pooling)
         self.head_drop = nn.Dropout(c.drop_rate)
         self.head = _head(c.embed_dim, c.num_classes)
@@ -645,33 +645,6 @@ class _UnbiasedKeys(nn.Linear):
         return F.linear(input, self.weight, torch.cat((of_q, torch.zeros_like(of_k), of_v)))
 
 
-class AttentionPool(nn.Module):
-    """One learned query attends to all patches, then a residual MLP; (B, N, C) to (B, C).
-
-    The MAP head of Zhai et al. 2022, "Scaling Vision Transformers", as in SigLIP.
-    """
-
-    def __init__(self, c: ViTConfig) -> None:
-        super().__init__()
-        self.num_heads = c.num_heads
-        self.head_dim = c.embed_dim // c.num_heads
-        self.latent = nn.Parameter(torch.empty(1, 1, c.embed_dim))
-        nn.init.trunc_normal_(self.latent, std=c.embed_dim**-0.5)
-        self.q = nn.Linear(c.embed_dim, c.embed_dim)
-        self.kv = nn.Linear(c.embed_dim, 2 * c.embed_dim)
-        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
-        self.norm = _norm(c)
-        self.mlp = Mlp(c.embed_dim, c.mlp_width, act_layer=ACTIVATIONS[c.act])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns what the query collects, (B, C)."""
-        B, N, C = x.shape
-        q = self.q(self.latent.expand(B, -1, -1)).reshape(B, 1, self.num_heads, self.head_dim).transpose(1, 2)
-        k, v = self.kv(x).reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, C))
-        return x + self.mlp(self.norm(x))
-
-
 def sincos2d(grid: tuple[int, int], dim: int, *, temperature: float = 10_000.0) -> Tensor:
     """Returns fixed positions (h * w, dim): sine and cosine of column and row at dim / 4 frequencies.
 
@@ -696,6 +669,11 @@ def _mlp(c: ViTConfig) -> nn.Module:
         width = 2 * c.mlp_width
         return GluMlp(c.embed_dim, width, act_layer=nn.SiLU, gate_last=False, norm_layer=norm, bias=bias, drop=drop)
     return Mlp(c.embed_dim, c.mlp_width, act_layer=ACTIVATIONS[c.act], norm_layer=norm, bias=bias, drop=drop)
+
+
+def _map_pooling(c: ViTConfig) -> MapPooling:
+    act = ACTIVATIONS[c.act]
+    return MapPooling(c.embed_dim, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, norm_eps=c.norm_eps, act=act)
 
 
 def _token_layer(c: ViTConfig, name: str, index: int) -> nn.Module:
