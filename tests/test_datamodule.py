@@ -24,7 +24,7 @@ def module(root, **options):
 
 def test_batches_are_uint8_channels_last_with_labels_and_indices(tmp_path):
     data = module(photos(tmp_path))
-    images, labels, indices = next(iter(data.train_dataloader()))
+    images, labels, indices, _ = next(iter(data.train_dataloader()))
     assert images.shape == (4, 3, 16, 16)
     assert images.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -38,7 +38,7 @@ def test_workers_do_not_change_what_is_read(tmp_path):
         for workers in (0, 2):
             loader = module(tmp_path, num_workers=workers).train_dataloader()
             loader.sampler.set_epoch(epoch)
-            epochs.append(torch.cat([images for images, _, _ in loader]))
+            epochs.append(torch.cat([batch.images for batch in loader]))
         assert torch.equal(*epochs)
 
 
@@ -58,7 +58,7 @@ def test_epochs_differ_in_order_and_augmentation(tmp_path):
 
 def test_evaluation_is_not_augmented(tmp_path):
     data = module(photos(tmp_path), validation_share=0.5)
-    first, second = ([images for images, _, _ in data.val_dataloader()] for _ in range(2))
+    first, second = ([batch.images for batch in data.val_dataloader()] for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_photo_is_named_before_the_run_or_skipped_with_a_count(tmp_pat
         data = module(tmp_path, damaged="skip", check=check)
         assert data.check() == 1
         assert sum(map(len, data.splits.values())) == 20
-        assert sum(len(images) for images, _, _ in data.train_dataloader()) == 16
+        assert sum(len(batch.images) for batch in data.train_dataloader()) == 16
 
 
 def test_skipped_photos_are_told_in_a_line_for_each_split(tmp_path):

@@ -377,7 +377,7 @@ def test_the_real_vit_sees_the_same_with_merged_tokens(real_dir: Path) -> None:
     head = load_file(real_dir / "weights" / "clothing_head_vits14_token.safetensors")
     model.head.load_state_dict({key.split(".")[1]: tensor for key, tensor in head.items()})
     data = ImageDataModule(path=str(real_dir / "data" / "clothing"), eval_batch_size=12, num_workers=0)
-    batch, _, _ = next(iter(data.test_dataloader()))
+    batch = next(iter(data.test_dataloader())).images
     batch = normalize(batch, mean=model.pretrained_cfg["mean"], std=model.pretrained_cfg["std"])
     logits, maps = model.eval()(batch), explain(model, batch, method="rollout").maps.flatten(1)
     model.merge_tokens(12)

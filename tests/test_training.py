@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from vision_attn.cli import main
+from vision_attn.data.datamodule import Batch
 from vision_attn.errors import UsageError
 from vision_attn.models.factory import load_model
+from vision_attn.training.arguments import one_line
 from vision_attn.training.module import Classifier, freeze_modules
 from vision_attn.training.optim import OptimConfig, create_optimizer, create_schedule
-from vision_attn.training.run import one_line, run
+from vision_attn.training.run import run
 
 CONFIG = {
     "model": {"name": "va_vit_micro_stem8_64", "options": {"depth": 2, "embed_dim": 32, "num_heads": 2}},
@@ -146,7 +148,7 @@ def test_the_loss_is_smoothed_cross_entropy_of_normalised_images():
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
     log_p = F.log_softmax(model.network((images / 255 - mean) / std), -1)
     expected = -(0.8 * log_p[[0, 1], labels] + 0.2 * log_p.mean(-1)).mean()
-    torch.testing.assert_close(model.training_step((images, labels, labels), 0), expected)
+    torch.testing.assert_close(model.training_step(Batch(images, labels, labels, torch.ones(2)), 0), expected)
 
 
 def test_the_networks_own_mean_and_std_are_used():
@@ -205,7 +207,7 @@ def test_metrics_are_those_of_the_whole_split_not_the_mean_of_batches():
     labels = torch.randint(0, 6, (25,), generator=torch.Generator().manual_seed(1))
     for part in (slice(0, 20), slice(20, 25)):
         model.forward = lambda _, part=part: logits[part]
-        model.validation_step((torch.zeros(1, 3, 4, 4, dtype=torch.uint8), labels[part], labels[part]), 0)
+        model.validation_step(Batch(pixel, labels[part], labels[part], torch.ones(1)), 0)
     model.on_validation_epoch_end()
     assert logged["val/top1"] == multiclass_accuracy(logits, labels, 6, average="micro")
     assert logged["val/f1"] == multiclass_f1_score(logits, labels, 6, average="macro")

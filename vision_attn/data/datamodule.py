@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,14 +22,32 @@ from vision_attn.data.transforms import (
 )
 from vision_attn.errors import UsageError
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""uint8 images (B, 3, H, W), int64 labels (B,), int64 indices into the split (B,)."""
+
+class Batch(NamedTuple):
+    """Photos as a training step takes them.
+
+    Attributes:
+        images: uint8 (B, 3, H, W), in channels-last memory.
+        labels: int64 (B,); or float32 (B, classes), each the share of a class: 0 or 1 where photos have several labels,
+            in between where photos were mixed.
+        indices: int64 (B,), into the split.
+        weights: float32 (B,), what each photo counts in the loss.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    weights: Tensor
+
+
+Item = tuple[Tensor, Tensor, int, float]
+"""A photo as uint8 (H, W, 3), its label (a number, or one for each class), its index and its weight."""
 
 
 class ImageDataset(Dataset):
     """Photos of one split, through a pipeline.
 
-    Items are (photo as uint8 (H, W, 3), label, index). A key is an index, or (epoch, index): every photo's augmentation
+    Items are `Item`s. A key is an index, or (epoch, index): every photo's augmentation
     is drawn from (seed, epoch, index) alone, so that it depends neither on the number of workers nor on what was read
     before.
     """
@@ -52,7 +70,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image = self.images.read(index, min_size=self.min_size)
         self.pipeline.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
@@ -63,13 +81,17 @@ class ImageDataset(Dataset):
                 f"{out.shape[0]} x {out.shape[1]} from {self.images.name(index)}: end with a crop, a pad or a Resize "
                 "to data.image_size"
             )
-        return torch.from_numpy(out), int(self.images.labels[index]), index
+        label = self.images.labels[index]
+        weight = 1.0 if self.images.weights is None else float(self.images.weights[index])
+        # One number, or one for each class.
+        target = torch.as_tensor(label).to(torch.float32 if label.ndim else torch.int64)
+        return torch.from_numpy(out), target, index, weight
 
 
-def collate(items: Sequence[tuple[Tensor, int, int]]) -> Batch:
-    """Returns photos (H, W, 3) with labels and indices as a batch, its images (B, 3, H, W) in channels-last memory."""
-    images, labels, indices = default_collate(list(items))
-    return images.permute(0, 3, 1, 2), labels, indices
+def collate(items: Sequence[Item]) -> Batch:
+    """Returns photos as a batch, its images (B, 3, H, W) in channels-last memory."""
+    images, labels, indices, weights = default_collate(list(items))
+    return Batch(images.permute(0, 3, 1, 2), labels, indices, weights.float())
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -185,6 +207,18 @@ class ImageDataModule(pl.LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a photo has any number of labels, instead of one."""
+        return self.source.multi_label
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """How many training photos each class has."""
+        labels = self.splits["train"].labels
+        counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=self.num_classes)
+        return tuple(int(count) for count in counts)
 
     @property
     def splits(self) -> Mapping[str, ImageSet]:

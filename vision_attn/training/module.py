@@ -42,6 +42,8 @@ class Classifier(pl.LightningModule):
         mean: Of the input's colours on [0, 1]; the network's own where left out.
         std: The same for the standard deviation.
         grad_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, less memory.
+        multi_label: Whether a photo has any number of labels, instead of one (filled in from the data).
+        class_counts: Training photos of each class (filled in from the data).
         channels_last: Keep images and convolutions in channels-last memory: faster for CNNs on CPUs and recent GPUs.
 
     Raises:
@@ -65,6 +67,8 @@ class Classifier(pl.LightningModule):
         std: list[float] | None = None,
         channels_last: bool = True,
         grad_checkpointing: bool = False,
+        multi_label: bool = False,
+        class_counts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -113,7 +117,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the smoothed cross-entropy of a batch."""
-        images, labels, _ = batch
+        images, labels = batch.images, batch.labels
         loss = F.cross_entropy(self(self.normalize(images)), labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
         return loss
@@ -128,13 +132,12 @@ class Classifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Returns probabilities (B, classes) and the photos' indices (B,)."""
-        images, _, indices = batch
-        return self(self.normalize(images)).float().softmax(-1), indices
+        return self(self.normalize(batch.images)).float().softmax(-1), batch.indices
 
     def _evaluate(
         self, batch: Batch, stage: str, metrics: MetricCollection, confusion: MulticlassConfusionMatrix
     ) -> None:
-        images, labels, _ = batch
+        images, labels = batch.images, batch.labels
         logits = self(self.normalize(images)).float()
         metrics.update(logits, labels)
         confusion.update(logits, labels)

@@ -1,20 +1,16 @@
 """`vision-attn fit|validate|test|predict`: LightningCLI over our classifier and our data, a folder for each run."""
 
-import csv
-import io
-import json
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -25,20 +21,19 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from rich.table import Table
 
 from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.errors import UsageError
-from vision_attn.files import free_path, is_taken, write_whole
-from vision_attn.metrics.intervals import wilson_interval
-from vision_attn.registry import close_names, unknown
+from vision_attn.files import free_path, is_taken
+from vision_attn.training.arguments import OneLineParser
 from vision_attn.training.callbacks import EpochLines, RunPlots
+from vision_attn.training.checkpoints import BEST, LAST, check_checkpoint
 from vision_attn.training.module import Classifier
 from vision_attn.training.optim import create_optimizer
-from vision_attn.viz.plots import confusion_matrix
+from vision_attn.training.results import report_evaluation, write_predictions
+from vision_attn.training.run_checks import check_epochs, check_same_split
 
 COMMANDS = ("fit", "validate", "test", "predict")
-BEST = Path("checkpoints", "best.ckpt")
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,14 @@ class Run:
         classifier: After `fit` with the best weights of the run, in evaluation mode.
         data: The photos.
         metrics: The best epoch's metrics after `fit`, else those of the command.
+        temperature: What logits are divided by for probabilities that hold (Guo et al. 2017).
     """
 
     run_dir: Path
     classifier: Classifier
     data: ImageDataModule
     metrics: dict[str, float]
+    temperature: float = 1.0
 
 
 def run(command: str, arguments: Sequence[str]) -> Run:
@@ -111,56 +108,6 @@ _LIGHTNING_ADVICE: tuple[tuple[type[Warning], str], ...] = (
 )
 
 
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line that offers close names."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raises what is wrong with the arguments or the config as a `UsageError`."""
-        raise UsageError(one_line(message, self._known_keys())) from ex
-
-    def _known_keys(self) -> list[str]:
-        keys = [action.dest for action in self._actions if action.dest not in ("help", "subcommand")]
-        for action in self._actions:
-            # The commands' parsers, on the parser above them.
-            for parser in (getattr(action, "_name_parser_map", None) or {}).values():
-                keys += parser._known_keys()
-        return keys
-
-
-def one_line(message: str, known: Iterable[str]) -> str:
-    """Returns jsonargparse's explanation as one line: what is wrong, and close names for a key that is unknown."""
-    text = re.sub(r"\s+", " ", message).strip()
-    for pattern in _UNKNOWN_KEY:
-        if found := re.search(pattern, text):
-            key = found.group(1)
-            close = close_names(key, set(known)) or close_names(key.rsplit(".", 1)[-1], set(known))
-            advice = f"did you mean {' or '.join(map(repr, close))}?" if close else "see vision-attn fit --help"
-            return f"expected a known config key, got {key!r}: {advice}"
-    if found := re.search(r"File does not exist: '(.+?)'", text):
-        return f"expected a config file at {found.group(1)}, got nothing: correct --config"
-    if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", text):
-        return f"expected a value for {found.group(1)}, got none: give --{found.group(1)} or set it in the config"
-    if found := re.search(r'Parser key "([\w.]+)"', text):
-        key, types = found.group(1), dict.fromkeys(re.findall(r"<class '([\w.]+)'>", text.split("Given value")[0]))
-        value = re.search(r"(?:Given value|Got value): (.*)$", text)
-        if choices := re.findall(r"typing\.Literal\[(.*?)\]", text):
-            names = [name.strip(" '") for group in choices for name in group.split(",")]
-            return str(unknown(key, value.group(1) if value else "", names))
-        if types and value:
-            wanted = " or ".join("nothing" if name == "NoneType" else name for name in types)
-            return f"expected {wanted} for {key}, got {value.group(1)}: correct it"
-        return f"{key}: {text.split(':', 1)[1].strip()}"
-    return text
-
-
-# The ways in which jsonargparse and argparse say that a key is unknown.
-_UNKNOWN_KEY = (
-    r"""(?:[Kk]ey|[Oo]ption|[Aa]rgument) ['"]([\w.\-]+)['"] is not expected""",
-    r"""does not accept (?:nested key|option|key) ['"]([\w.\-]+)['"]""",
-    r"""[Uu]nrecognized arguments: (?:--)?([\w.\-]+)""",
-)
-
-
 class TrainingCLI(LightningCLI):
     """Our model, our data, and the run's folder; nothing runs until `carry_out`."""
 
@@ -199,6 +146,8 @@ class TrainingCLI(LightningCLI):
         )
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.multi_label", "model.multi_label", apply_on="instantiate")
+        parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the checkpoint to `carry_out`: all of a run's config is in its YAML, none in its checkpoints."""
@@ -220,14 +169,14 @@ class TrainingCLI(LightningCLI):
         if not fit:
             # The weights come from the run's checkpoint: those that it started from need not be there any more.
             config.model.checkpoint, config.model.pretrained = None, False
-            _check_same_split(config, Path(config.run_dir))
+            check_same_split(config, Path(config.run_dir))
         elif config.model.freeze and not (config.model.checkpoint or config.model.pretrained):
             raise UsageError(
                 f"expected weights to start from where modules are frozen, got model.freeze {config.model.freeze} with "
                 "neither model.checkpoint nor model.pretrained: give one"
             )
         if fit:
-            _check_epochs(config.trainer)
+            check_epochs(config.trainer)
         if config.ema is not None and not 0 < config.ema < 1:
             raise UsageError(f"expected ema within (0, 1), got {config.ema}: 0.999 is usual")
         self.run_dir = Path(config.run_dir)
@@ -249,22 +198,7 @@ class TrainingCLI(LightningCLI):
             others = others if isinstance(others, list) else [others]
             csv_logger = CSVLogger(self.run_dir, name="", version="")
             config["logger"] = [csv_logger, *(other for other in others if isinstance(other, Logger))]
-            callbacks += [
-                ModelCheckpoint(
-                    dirpath=self.run_dir / BEST.parent,
-                    filename=BEST.stem,
-                    monitor="val/top1",
-                    mode="max",
-                    save_last=True,
-                    enable_version_counter=False,
-                ),
-                LearningRateMonitor("step"),
-                RunPlots(self.run_dir),
-            ]
-            if not interactive:
-                callbacks.append(EpochLines())
-            if self.ema is not None:
-                callbacks.append(EMAWeightAveraging(decay=self.ema))
+            callbacks += self._fit_callbacks(interactive)
         else:
             config["logger"] = False
             # The run has its config already.
@@ -274,6 +208,26 @@ class TrainingCLI(LightningCLI):
         except (MisconfigurationException, TypeError, ValueError) as error:
             reason = re.sub(r"\s+", " ", str(error)).strip()
             raise UsageError(f"expected trainer options that Lightning can use here, got: {reason}") from error
+
+    def _fit_callbacks(self, interactive: bool) -> list[pl.Callback]:
+        """Returns what goes on beside training; each reads its own part of the config."""
+        callbacks = [
+            ModelCheckpoint(
+                dirpath=self.run_dir / BEST.parent,
+                filename=BEST.stem,
+                monitor="val/top1",
+                mode="max",
+                save_last=True,
+                enable_version_counter=False,
+            ),
+            LearningRateMonitor("step"),
+            RunPlots(self.run_dir),
+        ]
+        if not interactive:
+            callbacks.append(EpochLines())
+        if self.ema is not None:
+            callbacks.append(EMAWeightAveraging(decay=self.ema))
+        return callbacks
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Puts off what LightningCLI would do now to `carry_out`."""
@@ -297,7 +251,7 @@ class TrainingCLI(LightningCLI):
                 raise
             return self._finished_fit()
         given = str(kwargs.get("ckpt_path") or "best")
-        named = {"best": BEST, "last": BEST.with_stem("last")}
+        named = {"best": BEST, "last": LAST}
         path = self.run_dir / named[given] if given in named else Path(given)
         check_checkpoint(path, self.datamodule.classes)
         kwargs["ckpt_path"] = str(path)
@@ -345,100 +299,3 @@ class TrainingCLI(LightningCLI):
         score = self.trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
         metrics = {} if score is None else {"val/top1": float(score)}
         return Run(self.run_dir, self.model.eval(), self.datamodule, metrics)
-
-
-def _check_epochs(trainer: Any) -> None:
-    """Refuses a trainer that would never train, or never validate: without validation there are no best weights."""
-    epochs = trainer.max_epochs
-    if epochs is not None and epochs < 1:
-        raise UsageError(f"expected trainer.max_epochs of at least 1, got {epochs}")
-    if trainer.limit_val_batches == 0 or (epochs and (trainer.check_val_every_n_epoch or 1) > epochs):
-        raise UsageError(
-            "expected validation in the run, which decides on the best weights, got trainer options without: leave "
-            "trainer.limit_val_batches and trainer.check_val_every_n_epoch out"
-        )
-
-
-def _check_same_split(config: Any, run_dir: Path) -> None:
-    """Refuses to set photos aside in another way than the run did: they would be among those that it was trained on."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        return
-    then, now = yaml.safe_load(path.read_text(encoding="utf-8")).get("data", {}), config.data
-    if (then.get("source"), then.get("path")) != (now.source, now.path):
-        return
-    for key in ("seed", "validation_share", "test_share"):
-        if key in then and then[key] != now[key]:
-            raise UsageError(
-                f"expected data.{key} {then[key]}, as in the run, got {now[key]}: photos that it was trained on would "
-                "be counted; give other photos with --data.path, or fit again"
-            )
-
-
-def check_checkpoint(path: Path, classes: Sequence[str]) -> None:
-    """Raises a `UsageError` where a checkpoint is not there, is not ours with plain tensors, or is of other classes."""
-    if not path.is_file():
-        raise UsageError(f"expected a checkpoint at {path}, got nothing: give --ckpt_path, or fit the run first")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a different one for each kind of damage
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(
-            f"expected a checkpoint of plain tensors (no code to unpickle) at {path}, got: {reason}"
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UsageError(f"expected a checkpoint of a run at {path}, got another file: give runs/<name>/{BEST}")
-    trained_on = tuple(content.get("classes", classes))
-    if trained_on != tuple(classes):
-        raise UsageError(
-            f"expected photos of the run's classes ({', '.join(trained_on)}), got {', '.join(classes)}: make the class "
-            "folders the same"
-        )
-
-
-def report_evaluation(run_dir: Path, classifier: Classifier, data: ImageDataModule, metrics: dict[str, float]) -> Path:
-    """Prints the metrics with the accuracy's 95 % interval; writes them as JSON with the confusion matrix beside it."""
-    stage = next(iter(metrics)).split("/")[0]
-    confusion = classifier.val_confusion if stage == "val" else classifier.test_confusion
-    matrix = confusion.compute().cpu()
-    total, correct = int(matrix.sum()), int(matrix.diagonal().sum())
-    low, high = wilson_interval(correct, total)
-    table = Table(title=f"{'validation' if stage == 'val' else stage}, {total} photos")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for key, value in metrics.items():
-        text = f"{value:.4f}" if key.endswith("loss") else f"{value:.2%}"
-        table.add_row(
-            key, f"{text} ({correct} of {total}, 95 % {low:.1%} to {high:.1%})" if key.endswith("top1") else text
-        )
-    Console().print(table)
-    path = free_path(run_dir / f"{stage}.json")
-    content = {
-        **metrics,
-        "correct": correct,
-        "total": total,
-        "top1_interval_95": [low, high],
-        "classes": list(data.classes),
-        "confusion": matrix.tolist(),
-    }
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-    picture = confusion_matrix(path.with_name(f"{path.stem}_confusion.png"), matrix.numpy(), data.classes)
-    Console(soft_wrap=True).print(f"results: {path}, {picture}")
-    return path
-
-
-def write_predictions(run_dir: Path, data: ImageDataModule, predictions: Sequence[Any]) -> Path:
-    """Writes a CSV with a row for each photo: its name, the label, the prediction, its probability, and all others'."""
-    images = data.predict_dataloader().dataset.images  # type: ignore[attr-defined]
-    path = free_path(run_dir / "predictions.csv")
-    rows: list[list[str]] = [["photo", "label", "prediction", "probability", *data.classes]]
-    for probabilities, indices in predictions:
-        for row, index in zip(probabilities.tolist(), indices.tolist(), strict=True):
-            best = max(range(len(row)), key=row.__getitem__)
-            rows.append(
-                [images.name(index), data.classes[images.labels[index]], data.classes[best], f"{row[best]:.6f}"]
-                + [f"{value:.6f}" for value in row]
-            )
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows(rows)
-    return write_whole(path, table.getvalue())
