@@ -205,6 +205,7 @@ def test_metrics_are_those_of_the_whole_split_not_the_mean_of_batches():
     model.log_dict = lambda values, **kwargs: logged.update(values)
     logits = torch.randn(25, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 6, (25,), generator=torch.Generator().manual_seed(1))
+    pixel = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     for part in (slice(0, 20), slice(20, 25)):
         model.forward = lambda _, part=part: logits[part]
         model.validation_step(Batch(pixel, labels[part], labels[part], torch.ones(1)), 0)

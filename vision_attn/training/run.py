@@ -4,7 +4,8 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def run(command: str, arguments: Sequence[str]) -> Run:
         UsageError: an argument, the config, the data or the run's folder cannot be used; nothing was written then.
     """
     assert command in COMMANDS
+    with training_words():
+        return TrainingCLI([command, *arguments]).carry_out(command)
+
+
+@contextmanager
+def training_words() -> Iterator[None]:
+    """Keeps Lightning's advice off the terminal and tells its refusals, and a config's, in one line."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _say_what_is_loaded()
@@ -70,7 +78,7 @@ def run(command: str, arguments: Sequence[str]) -> Run:
         for category, text in _LIGHTNING_ADVICE:
             warnings.filterwarnings("ignore", text, category)
         try:
-            return TrainingCLI([command, *arguments]).carry_out(command)
+            yield
         except MisconfigurationException as error:
             reason = re.sub(r"\s+", " ", str(error)).strip()
             raise UsageError(f"expected options that go together, got: {reason}") from error
