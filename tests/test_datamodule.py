@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vision_attn.data.datamodule import EpochSampler, ImageDataModule, ImageDataset
+from vision_attn.data.datamodule import ImageDataModule, ImageDataset
+from vision_attn.data.sampling import EpochSampler
 from vision_attn.errors import UsageError
 
 

@@ -7,11 +7,13 @@ import pytest
 import timm
 import torch
 
-from vision_attn import export
+from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.data.transforms import Preprocessing, eval_transforms
 from vision_attn.errors import UsageError
-from vision_attn.export import find_token_layout, save_model
+from vision_attn.export import artefact, export_run, find_token_layout, save_model
 from vision_attn.models.factory import create_model, load_model
+from vision_attn.training.module import Classifier
+from vision_attn.training.run import Run
 
 CLASSES = ("cat", "dog", "Übel")
 
@@ -77,7 +79,7 @@ def test_an_artefact_is_never_overwritten_nor_left_half_written(tmp_path, monkey
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full_disk)
+    monkeypatch.setattr(artefact, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -89,3 +91,19 @@ def test_the_config_is_plain_json_with_names_as_they_are(tmp_path):
     assert config["label_names"] == list(CLASSES)
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 48]
     assert "Übel" in (tmp_path / "export" / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_runs_artefact_keeps_its_temperature_and_comes_with_a_card(tmp_path):
+    data = ImageDataModule(source="shapes", options={"size": 32, "train": 8, "validation": 8, "test": 8}, image_size=32)
+    classifier = Classifier(
+        "va_vit_micro_stem8_64", num_classes=data.num_classes, image_size=32, options={"depth": 1}, channels_last=False
+    )
+    run = Run(tmp_path / "run", classifier.eval(), data, {"val/top1": 0.25}, temperature=1.75)
+    folder = export_run(run, samples=2)
+    model = load_model(folder)
+    assert (model.temperature, model.multi_label, model.classes) == (1.75, False, data.classes)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "samples.png"
+    ]  # fmt: skip
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "temperature 1.750" in card and "| accuracy | 25.0% | 7.1% to 59.1% |" in card

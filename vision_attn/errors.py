@@ -20,3 +20,15 @@ class AttentionNotFoundError(UsageError):
 
 class CheckpointMismatchError(UsageError):
     """A checkpoint does not fit the model. The message lists the differences key by key."""
+
+
+class StoppedError(Exception):
+    """A signal ended a command in good order. The message says how to go on.
+
+    Attributes:
+        signal: Its number; a process ended by it exits with 128 more.
+    """
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from vision_attn.errors import UsageError
 
@@ -15,17 +16,50 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> Path:
     Raises:
         UsageError: it cannot be written: no right to, no room on the disk, a file where a folder should be.
     """
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Gives a file to fill, which takes its name only when the block ends well; what had the name stays until then.
+
+    Args:
+        path: The name.
+        durable: Whether it must outlive a loss of power, too: waits until the disk has it (milliseconds, or seconds
+            where it is large).
+
+    Raises:
+        UsageError: it cannot be written: no right to, no room on the disk, a file where a folder should be.
+    """
     path = Path(path)
     # Not tempfile: its files are readable by their owner only, whatever the umask says.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(part, "wb") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(part, path)
+            if durable:
+                _sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
-    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the disk has the names in a folder: a file's content alone does not bring its name along."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -69,10 +103,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:
-    """Removes what `write_whole` left below a folder when its process was killed."""
-    for part in Path(folder).rglob(".*.part"):
-        if part.is_file() and part.suffixes[-2:-1] and part.suffixes[-2][1:].isdecimal():
-            part.unlink(missing_ok=True)
+    """Removes what `new_file` and `new_folder` left below a folder when their process was killed."""
+    for part in list(Path(folder).rglob(".*.part")):
+        if part.suffixes[-2:-1] and part.suffixes[-2][1:].isdecimal():
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
 
 
 def is_taken(path: str | os.PathLike[str]) -> bool:

@@ -28,12 +28,12 @@ def num_tokens(record: AttentionRecord) -> int:
 def group_sizes(merged: Tensor, like: Tensor) -> Tensor:
     """Returns how many tokens each group has, (B, n), in the type of `like` (B, n, ...), which says n."""
     ones = torch.ones(merged.shape, dtype=like.dtype, device=like.device)
-    return ones.new_zeros(len(merged), like.shape[1]).scatter_add(1, merged, ones)
+    return ones.new_zeros(merged.shape[0], like.shape[1]).scatter_add(1, merged, ones)
 
 
 def gathered(row: Tensor, merged: Tensor, count: int) -> Tensor:
     """Returns a row over tokens (B, N) as a row over `count` groups (B, n): the sum of each."""
-    return row.new_zeros(len(row), count).scatter_add(1, merged, row)
+    return row.new_zeros(row.shape[0], count).scatter_add(1, merged, row)
 
 
 def spread(row: Tensor, merged: Tensor) -> Tensor:

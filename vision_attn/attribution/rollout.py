@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_attn.attribution.base import METHODS, seen_records, working_methods
+from vision_attn.attribution.base import METHODS, logits_of, seen_records, working_methods
 from vision_attn.attribution.encoders import find_known
 from vision_attn.attribution.merged import expanded, gathered, group_sizes, num_tokens, spread
 from vision_attn.attribution.positions import token_attention
@@ -83,6 +83,41 @@ def rollout(
         kept += [record.reduced for record in layers]
         options: dict[str, Any] = {"discard_ratio": discard_ratio, "query_patch": query_patch}
         return layout.patches(rollout_row(kept, layout, head_fusion=head_fusion, **options))
+
+
+def logits_and_rollout(
+    model: nn.Module, images: Tensor, layout: TokenLayout, *, head_fusion: HeadFusion = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Returns logits (B, classes) and rollout (B, h, w) of one forward pass, as operations that a graph can hold.
+
+    The numbers are those of `rollout`, to rounding. That one works in blocks, whose number depends on the batch; here
+    nothing depends on it, so that `torch.export` can trace it for any batch. The weights are formed once, for the model
+    and for the map, and each layer's fused matrix (B, N, N) is kept until the row passes through it.
+
+    Raises:
+        AttentionNotFoundError: the model shows no attention.
+        UsageError: its attention is not between all tokens.
+    """
+    check_fusion(head_fusion)
+
+    def keep(record: AttentionRecord) -> Tensor | AttentionRecord:
+        return record.without_values() if record.kind == "cross" else _FUSIONS[head_fusion](record.attend_at_once())
+
+    with AttentionCapture(model, keep=keep) as capture, torch.no_grad():
+        logits = logits_of(model(images))
+    records = token_attention(model, seen_records(capture), "rollout")
+    refuse_windows(records, "rollout")
+    refuse_other_layers(model, "rollout")
+    layers, pooling = _checked(records, layout)
+    row = _answer(layers[0].reduced[:, 0], [record.reduced for record in pooling], layout, head_fusion, None)
+    for record in reversed(layers):
+        fused, merged = record.reduced, record.merged
+        row = row if merged is None else gathered(row, merged, record.key_length)
+        # As in `_step`: row q of norm(A + I) is (A_q + e_q) / (sum of A_q + 1).
+        share = row / (fused.sum(-1) + 1.0)
+        row = torch.bmm(share[:, None], fused)[:, 0] + share
+        row = row if merged is None else spread(row, merged)
+    return logits, layout.patches(row)
 
 
 def rollout_row(
@@ -182,7 +217,7 @@ def _answer(
         if pooling and is_class_attention(pooling[-1], layout):
             return _class_attention_row(pooling, head_fusion)
         return pooling_row(pooling[-1:], layout, head_fusion)
-    return query_row(layout, like, query_patch=query_patch).expand(len(like), -1)
+    return query_row(layout, like, query_patch=query_patch).expand(like.shape[0], -1)
 
 
 def is_class_attention(record: AttentionRecord, layout: TokenLayout) -> bool:

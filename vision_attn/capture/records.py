@@ -179,6 +179,16 @@ class AttentionRecord:
             values = self.values[images].to(weights.dtype)
             torch.bmm(weights.flatten(0, 1), values.flatten(0, 1), out=self.output[images].flatten(0, 1))
 
+    def attend_at_once(self) -> Tensor:
+        """Returns all weights (B, h, Q, K), for a `keep` whose steps may not depend on the batch: for tracing a graph.
+
+        As after `attend`, the model goes on with weights @ values.
+        """
+        weights = self.weights
+        if isinstance(self.source, AttentionInputs):
+            object.__setattr__(self, "output", weights @ self.values.to(weights.dtype))
+        return weights
+
     def take_output(self) -> Tensor | None:
         """Returns what `attend` formed, and lets go of it."""
         output = self.output

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -164,28 +165,41 @@ def find_damage(path: str | Path, *, decode: bool = False) -> str | None:
     """
     path = Path(path)
     try:
-        if decode:
-            read_image(path)
-            return None
-        with path.open("rb") as file:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(file) as header:
-                    kind, size = header.format, header.size
-            end = file.seek(0, io.SEEK_END)
-            file.seek(max(0, end - _TAIL))
-            tail = file.read()
-        whole = kind in _ENDS and tail.rstrip(b"\0").endswith(_ENDS[kind])
-        if whole and min(size) >= SMALLEST_SIDE:
-            return None
+        if not decode:
+            with path.open("rb") as file:
+                if _has_frame(file):
+                    return None
         read_image(path)
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError, UsageError):
-        # Once more, for the message that tells what it is.
-        try:
-            read_image(path)
-        except UsageError as error:
-            return str(error)
+    except UsageError as error:
+        return str(error)
+    except OSError as error:
+        return f"expected a photo at {path}, got {error.strerror or error}"
     return None
+
+
+def find_damage_in(content: bytes, *, name: str, decode: bool = False) -> str | None:
+    """Returns what is wrong with the photo encoded in `content`, or None; see `find_damage`."""
+    try:
+        if decode or not _has_frame(io.BytesIO(content)):
+            decode_image(content, name=name)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _has_frame(file: BinaryIO) -> bool:
+    """Returns whether an image's header and its end marker are there; False means in doubt."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as header:
+                kind, size = header.format, header.size
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, OSError):
+        return False
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(0, end - _TAIL))
+    tail = file.read()
+    return kind in _ENDS and tail.rstrip(b"\0").endswith(_ENDS[kind]) and min(size) >= SMALLEST_SIDE
 
 
 def is_image_name(path: Path) -> bool:

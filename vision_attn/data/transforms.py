@@ -4,6 +4,9 @@ A pipeline is a list of transforms, each a name or a name with its options:
 
     - RandomResizedCrop: {size: [224, 224], scale: [0.25, 1.0], interpolation: area}
     - HorizontalFlip
+    - RandAugment: {num_ops: 2, magnitude: 9}
+
+torchvision's policies stand in it under their own names and draw from the pipeline's seed, as all else does.
 
 Pixels stay uint8 here; they become normalised floats in one step on the device (`Preprocessing.normalize`). What a
 pipeline did to a photo's geometry is found by sending the photo's corners through it as key points, so that it is
@@ -12,6 +15,7 @@ known for any pipeline of resizes, crops, pads and flips, declared by anyone.
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +23,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 # Albumentations asks the network for its newest version while it is imported, unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -41,6 +47,39 @@ INTERPOLATIONS = {
     "lanczos": cv2.INTER_LANCZOS4,
 }
 RESIZE_MODES = ("crop", "pad", "squash")
+
+POLICIES: dict[str, type[v2.Transform]] = {
+    "RandAugment": v2.RandAugment,
+    "TrivialAugmentWide": v2.TrivialAugmentWide,
+    "AutoAugment": v2.AutoAugment,
+    "AugMix": v2.AugMix,
+}
+"""torchvision's policies of augmentation, in whose names and options they are written."""
+
+ERASING = "RandomErasing"
+"""torchvision's name and options (p, scale, ratio, value) of what Albumentations calls Erasing."""
+
+
+class Policy(A.ImageOnlyTransform):
+    """A transform of torchvision, drawing from Albumentations' generator.
+
+    It works on Pillow's images, as the papers' and timm's do: RandAugment on uint8 tensors takes five times as long.
+    """
+
+    def __init__(self, transform: v2.Transform, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.transform = transform
+
+    def get_params(self) -> dict[str, Any]:
+        """Returns the seed of one photo's draw."""
+        return {"seed": int(self.random_generator.integers(2**63))}
+
+    def apply(self, img: np.ndarray, seed: int, **params: Any) -> np.ndarray:
+        """Returns the image transformed; torch's random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed GPUs, too.
+            torch.default_generator.manual_seed(seed)
+            return np.asarray(self.transform(Image.fromarray(img)))
 
 
 def image_hw(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -103,7 +142,7 @@ def eval_transforms(
 
 
 def build_pipeline(transforms: Sequence[TransformSpec], *, seed: int | None = None) -> A.Compose:
-    """Returns the Albumentations pipeline that a list of transforms describes.
+    """Returns the Albumentations pipeline that a list of transforms describes; `POLICIES` can be among them.
 
     Raises:
         UsageError: a transform is unknown (close names are offered), or does not take its options.
@@ -111,11 +150,11 @@ def build_pipeline(transforms: Sequence[TransformSpec], *, seed: int | None = No
     known = {
         name for name in dir(A) if isinstance(thing := getattr(A, name), type) and issubclass(thing, A.BasicTransform)
     }
-    return A.Compose(
-        [_build_transform(spec, known) for spec in transforms],
-        keypoint_params=A.KeypointParams(format="xy", remove_invisible=False),
-        seed=seed,
-    )
+    built = [_build_transform(spec, known) for spec in transforms]
+    with warnings.catch_warnings():
+        # Where no transform moves anything.
+        warnings.filterwarnings("ignore", "Got processor for keypoints, but no transform")
+        return A.Compose(built, keypoint_params=A.KeypointParams(format="xy", remove_invisible=False), seed=seed)
 
 
 def spec_options(spec: TransformSpec) -> tuple[str, dict[str, Any]]:
@@ -130,9 +169,16 @@ def spec_options(spec: TransformSpec) -> tuple[str, dict[str, Any]]:
 
 
 def _build_transform(spec: TransformSpec, known: set[str]) -> A.BasicTransform:
-    name, options = spec_options(spec)
+    written, given = spec_options(spec)
+    name, options = written, dict(given)
+    if name in POLICIES:
+        return _build_policy(name, options)
+    if name == ERASING:
+        # Noise where nothing is said (what Zhong et al. 2020 found best, and DeiT uses), not torchvision's 0: that is
+        # the mean colour after normalisation only.
+        name, options = "Erasing", {"fill": options.pop("value", "random"), **options}
     if name not in known:
-        raise unknown("transform", name, known)
+        raise unknown("transform", name, known | {*POLICIES, ERASING})
     for key in ("interpolation", "mask_interpolation"):
         if isinstance(options.get(key), str):
             if options[key] not in INTERPOLATIONS:
@@ -143,9 +189,46 @@ def _build_transform(spec: TransformSpec, known: set[str]) -> A.BasicTransform:
         # Without `strict`, Albumentations only warns of an option that it does not know, and goes on without it.
         return getattr(A, name)(**options, strict=True)
     except (TypeError, ValueError) as error:
-        # Pydantic's errors run over several lines and end in a link; the reason stands before "[type=".
-        reason = re.sub(r"\s+", " ", str(error)).split(" [type=")[0].strip()
-        raise UsageError(f"expected options that {name} takes, got {options}: {reason}") from error
+        raise _wrong_options(written, given, error) from error
+
+
+def _wrong_options(name: str, options: Mapping[str, Any], error: Exception) -> UsageError:
+    # Pydantic's errors run over several lines and end in a link; the reason stands before "[type=".
+    reason = re.sub(r"\s+", " ", str(error)).split(" [type=")[0].strip()
+    return UsageError(f"expected options that {name} takes, got {options}: {reason}")
+
+
+def _build_policy(name: str, options: dict[str, Any]) -> Policy:
+    given, share = dict(options), options.pop("p", 1.0)
+    try:
+        if not 0 <= share <= 1:
+            raise ValueError("p is within [0, 1]")
+        if "interpolation" in options:
+            options["interpolation"] = v2.InterpolationMode(options["interpolation"])
+        if "policy" in options:
+            options["policy"] = v2.AutoAugmentPolicy(options["policy"])
+        policy = POLICIES[name](**options)
+        # torchvision finds these wrong only in the midst of an epoch, if at all.
+        bins = getattr(policy, "num_magnitude_bins", 31)
+        limits = {"num_magnitude_bins": (2, 1000), "num_ops": (1, 100), "magnitude": (0, bins - 1)}
+        for option, (low, high) in limits.items():
+            value = getattr(policy, option, low)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{option} is a whole number from {low} to {high}")
+    except (TypeError, ValueError) as error:
+        raise _wrong_options(name, given, error) from error
+    return Policy(policy, p=share)
+
+
+def check_is_fixed(transforms: Sequence[TransformSpec]) -> None:
+    """Refuses random policies in a pipeline for evaluation, of which the artefact would not know what they did."""
+    for spec in transforms:
+        name, _ = spec_options(spec)
+        if name in POLICIES or name in (ERASING, "Erasing"):
+            raise UsageError(
+                f"expected data.eval_transforms that do the same to a photo each time, got {name}: leave it to "
+                "data.train_transforms"
+            )
 
 
 def find_geometry(pipeline: A.Compose, image: np.ndarray) -> tuple[np.ndarray, Geometry]:

@@ -18,9 +18,11 @@ from vision_attn import __version__
 from vision_attn.attribution.tokens import find_layout
 from vision_attn.data.transforms import Preprocessing, spec_options
 from vision_attn.errors import UsageError
+from vision_attn.export.card import SAMPLES, write_card
 from vision_attn.files import new_folder
 from vision_attn.layout import TokenLayout
 from vision_attn.models.factory import CONFIG_FILE, WEIGHTS_FILE, load_model
+from vision_attn.training.checkpoints import LAST
 from vision_attn.training.run import Run
 
 
@@ -33,6 +35,8 @@ def save_model(
     preprocessing: Preprocessing,
     layout: TokenLayout | None = None,
     model_args: dict[str, Any] | None = None,
+    temperature: float = 1.0,
+    multi_label: bool = False,
     facts: dict[str, Any] | None = None,
 ) -> Path:
     """Writes an artefact, whole or not at all.
@@ -45,6 +49,8 @@ def save_model(
         preprocessing: What happens to a photo before the network.
         layout: The order of its tokens, for networks that have tokens.
         model_args: What its constructor took besides the number of classes.
+        temperature: What logits are divided by for probabilities that hold.
+        multi_label: Whether a photo has any number of labels, so that each class has a probability by itself.
         facts: Whatever else is to be kept with it (metrics), ready for JSON.
 
     Returns:
@@ -65,6 +71,8 @@ def save_model(
             "preprocessing": preprocessing.to_dict(),
             "layout": layout.to_dict() if layout else None,
             "attention": getattr(model, "attached_attention", None),
+            "temperature": float(temperature),
+            "multi_label": bool(multi_label),
             "versions": {"torch": torch.__version__, "timm": timm.__version__},
             **(facts or {}),
         },
@@ -79,15 +87,22 @@ def save_model(
     return Path(folder)
 
 
-def export_run(run: Run) -> Path:
-    """Writes the artefact of a finished run to `export` in its folder, and returns that."""
+def export_run(run: Run, *, samples: int = SAMPLES) -> Path:
+    """Writes the artefact of a finished run to `export` in its folder, with its model card, and returns that.
+
+    Args:
+        run: After `fit`.
+        samples: How many validation photos are drawn into the card; 0 keeps all photos out of the folder.
+    """
     classifier, data = run.classifier, run.data
     # The network comes off the device, and off Lightning, as it is.
     network: Any = classifier.network.cpu().eval()
     preprocessing = Preprocessing(
         image_size=data.image_size, mean=classifier.mean, std=classifier.std, transforms=data.eval_specs
     )
-    return save_model(
+    facts: dict[str, Any] = {"metrics": run.metrics, "position_interpolation": classifier.position_interpolation}
+    seconds = _seconds(run)
+    folder = save_model(
         run.run_dir / "export",
         network,
         architecture=network.architecture,
@@ -95,8 +110,20 @@ def export_run(run: Run) -> Path:
         preprocessing=preprocessing,
         layout=find_token_layout(network, data.image_size),
         model_args=network.model_args,
-        facts={"metrics": run.metrics, "position_interpolation": classifier.position_interpolation},
+        temperature=run.temperature,
+        multi_label=data.multi_label,
+        facts=facts if seconds is None else {**facts, "seconds": round(seconds)},
     )
+    write_card(folder, run_dir=run.run_dir, data=data, samples=samples)
+    return folder
+
+
+def _seconds(run: Run) -> float | None:
+    """Returns the time from the run's config to its last checkpoint, which are written at its start and its end."""
+    start, end = run.run_dir / "config.yaml", run.run_dir / LAST
+    if not (start.is_file() and end.is_file()):
+        return None
+    return max(0.0, end.stat().st_mtime - start.stat().st_mtime)
 
 
 def find_token_layout(network: nn.Module, image_size: tuple[int, int]) -> TokenLayout | None:

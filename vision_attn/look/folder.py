@@ -12,9 +12,9 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,19 @@ from vision_attn.look.asking import (
     method_options,
 )
 from vision_attn.look.maps import THREADS, Look, in_order, look, worker_threads
+from vision_attn.look.sharing import (
+    Share,
+    begin_folder,
+    ended_early,
+    folder_lock,
+    forget_processes,
+    hold,
+    indices_of_processes,
+    processes_at_work,
+    refuse_others,
+    tell_damaged,
+    told_damaged,
+)
 from vision_attn.look.sheets import check_sheets, write_sheets
 from vision_attn.registry import unknown
 from vision_attn.viz.files import PICTURE_SUFFIXES, save_picture
@@ -71,6 +84,8 @@ class Looked:
         done_before: How many of the photos were there already.
         seconds: How long the photos took.
         sheets: The sheets that were asked for.
+        joined: Whether `index.csv` has all the photos. With several processes it has when the last of them has ended.
+        lost: The photos that other processes have not done and will not do, for they ended early, by their rank.
     """
 
     out: Path
@@ -80,6 +95,8 @@ class Looked:
     done_before: int
     seconds: float
     sheets: tuple[Path, ...] = ()
+    joined: bool = True
+    lost: Mapping[int, Sequence[Path]] = field(default_factory=dict)
 
 
 def explain_photos(
@@ -100,6 +117,7 @@ def explain_photos(
     query_patch: tuple[int, int] | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    share: Share | None = None,
 ) -> Looked:
     """Writes an overlay and the raw map of each photo by each method, and an index of all of them.
 
@@ -126,6 +144,8 @@ def explain_photos(
         query_patch: (row, column) of the patch for the sheet "patch" (the middle one where left out) and "gates".
         batch_size: Photos a forward pass.
         progress: Show a progress bar, on a terminal.
+        share: This process's part, where several do this together, each called with the same arguments but this. What
+            they make of the photos is what one would; the last to end writes the index, the scales and the sheets.
 
     Raises:
         UsageError: nothing to explain, `out` holds something else or was begun with other settings, or as `look`.
@@ -145,31 +165,36 @@ def explain_photos(
         scale=scale,
         format=format,
         raw=raw,
+        share=share or Share(),
     )
     check_sheets(model, sheets, query_patch, raw=raw)
     found = _without_pictures_of_ours(find_photos(photos))
     settings = _settings(model, methods, plan)
-    rows = _rows_before(out, settings, plan)
-    bases = _free_bases(found, rows, plan)
-    todo = [path for path in found if str(path) not in rows]
     damaged: dict[Path, str] = {}
     started = time.perf_counter()
-    with _progress("explaining", total=len(found), done=len(found) - len(todo), shown=progress) as step:
-        looks = look(model, todo, damaged, method=tuple(methods), target=target, options=options, batch_size=batch_size)
-        done = 0
-        for done, new in enumerate(_written(looks, bases, plan, settings), start=1):
-            rows.update(new)
-            step(done + len(damaged))
-        step(len(todo))
-    drawing = plan.picture_options()
-    if scale == "set" and rows:
-        drawing["scales"] = _draw_set(rows, plan, damaged, shown=progress)
-    seconds = time.perf_counter() - started
+    with _Index(plan, settings) as index:
+        rows = index.rows
+        bases = _free_bases(found, rows, plan)
+        mine = plan.share.of(list(found))
+        todo = [path for path in mine if str(path) not in rows]
+        with progress_bar("explaining", total=len(mine), done=len(mine) - len(todo), shown=progress) as step:
+            looks = look(
+                model, todo, damaged, method=tuple(methods), target=target, options=options, batch_size=batch_size
+            )
+            done = 0
+            for done, new in enumerate(_written(looks, bases, plan, index), start=1):
+                rows.update(new)
+                step(done + len(damaged))
+            step(len(todo))
+        with index.ended(list(found), damaged) as (joined, rows, lost):
+            drawing = plan.picture_options()
+            if scale == "set" and rows and joined:
+                drawing["scales"] = _draw_set(rows, plan, damaged, shown=progress)
+            seconds = time.perf_counter() - started
+            shown = [rows[str(path)] for path in found if str(path) in rows][:sheet_photos] if joined else []
+            pictures = write_sheets(model, shown, plan.targets, drawing, out, sheets, query_patch) if shown else ()
     written = tuple(out / name for name in dict.fromkeys(row["overlay"] for photo in rows.values() for row in photo))
-    shown = [rows[str(path)] for path in found if str(path) in rows][:sheet_photos]
-    pictures = write_sheets(model, shown, plan.targets, drawing, out, sheets, query_patch) if shown else ()
-    before = len(found) - len(todo)
-    return Looked(out, written, damaged, done, before, seconds, pictures)
+    return Looked(out, written, damaged, done, len(mine) - len(todo), seconds, pictures, joined, lost)
 
 
 @dataclass(frozen=True)
@@ -184,6 +209,7 @@ class _Plan:
     scale: ScaleChoice | Literal["set"]
     format: str
     raw: bool
+    share: Share
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -276,14 +302,124 @@ def _fingerprint(model: nn.Module) -> str:
     return f"{found:08x}"
 
 
-def _rows_before(out: Path, settings: Mapping[str, Any], plan: _Plan) -> dict[str, list[Row]]:
-    """Returns the rows of the photos that are done, by photo, and leaves the index with these alone.
+class _Index:
+    """What is done, by photo: what was before, and what this process enters.
+
+    One process enters it into `index.csv`. Of several each has an index of its own, until who ends last joins them.
 
     Raises:
-        UsageError: the folder is something else's, or was begun with other settings.
+        UsageError: the folder is something else's, or was begun with other settings, or others are at work in it.
     """
-    if not is_taken(out):
-        return {}
+
+    def __init__(self, plan: _Plan, settings: Mapping[str, Any]) -> None:
+        self.plan = plan
+        self.settings = settings
+        self.rows: dict[str, list[Row]] = {}
+        self.own: IO[str] | None = None
+        if is_taken(plan.out):
+            self._go_on()
+
+    def __enter__(self) -> "_Index":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.own is not None:
+            self.own.close()
+            self.own = None
+
+    def _go_on(self) -> None:
+        plan, share = self.plan, self.plan.share
+        _check_settings(plan.out, self.settings)
+        refuse_others(plan.out, share)
+        if share.is_all:
+            self.rows = _rewritten(plan, [plan.out / INDEX_FILE, *indices_of_processes(plan.out)])
+            forget_processes(plan.out)
+            return
+        with folder_lock(plan.out):
+            hold(plan.out, share).close()
+            others = processes_at_work(plan.out, share)
+            if not others:
+                remove_parts(plan.out)
+            left = [path for path, other in indices_of_processes(plan.out).items() if other not in others]
+            # What processes have done that are no more stands with what this one does from here on.
+            _rewritten(plan, left)
+            self.own = hold(plan.out, share)
+            for path in left:
+                if path.name != share.index_file:
+                    path.unlink()
+            tell_damaged(plan.out, share, {})
+            self.rows = _done_rows(plan, [plan.out / INDEX_FILE, *indices_of_processes(plan.out)])
+
+    def begin(self) -> None:
+        """Begins the folder, where it is not begun."""
+        plan = self.plan
+        first = {
+            SETTINGS_FILE: json.dumps(self.settings, indent=2) + "\n",
+            INDEX_FILE: _as_csv([INDEX_COLUMNS]),
+        }
+        if plan.share.is_all:
+            for name, content in first.items():
+                if not (plan.out / name).is_file():
+                    write_whole(plan.out / name, content)
+        elif self.own is None:
+            begin_folder(plan.out, plan.share, first)
+            rows = self.rows
+            self._go_on()
+            self.rows = rows
+
+    def enter(self, rows: Sequence[Row]) -> None:
+        """Enters a photo whose files are written."""
+        content = _as_csv([tuple(row.values()) for row in rows])
+        if self.own is not None:
+            self.own.write(content)
+            self.own.flush()
+            return
+        with (self.plan.out / INDEX_FILE).open("a", encoding="utf-8", newline="") as index:
+            index.write(content)
+
+    @contextmanager
+    def ended(
+        self, found: Sequence[Path], damaged: dict[Path, str]
+    ) -> Iterator[tuple[bool, dict[str, list[Row]], Mapping[int, Sequence[Path]]]]:
+        """Gives whether the index has all photos now, its rows, and what processes have lost that ended early.
+
+        Where it has, the other processes wait for the end of the block, and `damaged` is that of all of them.
+        """
+        plan, share = self.plan, self.plan.share
+        if share.is_all:
+            yield True, self.rows, {}
+            return
+        if damaged:
+            self.begin()
+        if not (plan.out / SETTINGS_FILE).is_file():
+            yield False, self.rows, {}
+            return
+        with folder_lock(plan.out):
+            self._let_go()
+            tell_damaged(plan.out, share, damaged)
+            if processes_at_work(plan.out, share):
+                yield False, self.rows, {}
+                return
+            indices = [plan.out / INDEX_FILE, *indices_of_processes(plan.out)]
+            rows = _done_rows(plan, indices)
+            unread = {path: why for path, why in told_damaged(plan.out).items() if str(path) not in rows}
+            missing = {path for path in found if str(path) not in rows and path not in unread}
+            if missing:
+                yield False, rows, ended_early(plan.out, share, found, missing)
+                return
+            damaged.update(unread)
+            order = {str(path): number for number, path in enumerate(found)}
+            rows = {file: rows[file] for file in sorted(rows, key=lambda file: order.get(file, -1))}
+            write_whole(plan.out / INDEX_FILE, _index_csv(rows))
+            yield True, rows, {}
+            forget_processes(plan.out)
+
+
+def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raises a `UsageError` where a folder is something else's, or was begun with other settings."""
     if not (out / SETTINGS_FILE).is_file():
         raise UsageError(
             f"expected a new folder for the overlays or one to go on with, got {out}, which exists and holds something "
@@ -304,18 +440,36 @@ def _rows_before(out: Path, settings: Mapping[str, Any], plan: _Plan) -> dict[st
                 f"expected {_told(key, before.get(key))}, with which {out} was begun, got {_told(key, value)}: choose "
                 "another folder with --out"
             )
-    remove_parts(out)
-    content = (out / INDEX_FILE).read_text(encoding="utf-8") if (out / INDEX_FILE).is_file() else ""
-    whole = content[: content.rfind("\n") + 1]  # the last row may have been cut by the end of the process
-    rows: dict[str, list[Row]] = {}
-    for row in csv.DictReader(io.StringIO(whole, newline="")):
-        if row["method"] in plan.methods and None not in row.values():
-            rows.setdefault(row["file"], []).append(row)
-    done = {file: photo for file, photo in rows.items() if plan.complete(photo)}
-    rewritten = _as_csv([INDEX_COLUMNS, *(tuple(row.values()) for photo in done.values() for row in photo)])
-    if rewritten != content:
-        write_whole(out / INDEX_FILE, rewritten)
+
+
+def _done_rows(plan: _Plan, indices: Iterable[Path]) -> dict[str, list[Row]]:
+    """Returns the rows of the photos that are done, by photo."""
+    done: dict[str, list[Row]] = {}
+    for path in indices:
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
+        whole = content[: content.rfind("\n") + 1]  # the last row may have been cut by the end of the process
+        rows: dict[str, list[Row]] = {}
+        for row in csv.DictReader(io.StringIO(whole, newline="")):
+            if row["method"] in plan.methods and None not in row.values():
+                rows.setdefault(row["file"], []).append(row)
+        for file, photo in rows.items():
+            if plan.complete(photo):
+                done.setdefault(file, photo)
     return done
+
+
+def _rewritten(plan: _Plan, indices: Iterable[Path]) -> dict[str, list[Row]]:
+    """Returns the rows of the photos that are done, by photo, and leaves this process's index with these alone."""
+    done = _done_rows(plan, indices)
+    path = plan.out / plan.share.index_file
+    content = _index_csv(done)
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        write_whole(path, content)
+    return done
+
+
+def _index_csv(rows: Mapping[str, Sequence[Row]]) -> str:
+    return _as_csv([INDEX_COLUMNS, *(tuple(row.values()) for photo in rows.values() for row in photo)])
 
 
 def _told(key: str, value: Any) -> str:
@@ -380,26 +534,22 @@ def _free_bases(found: Mapping[Path, Path], rows: Mapping[str, Sequence[Row]], p
 
 
 def _written(
-    looks: Iterator[Look], bases: Mapping[Path, Path], plan: _Plan, settings: Mapping[str, Any]
+    looks: Iterator[Look], bases: Mapping[Path, Path], plan: _Plan, index: _Index
 ) -> Iterator[dict[str, list[Row]]]:
     """Yields the rows of each photo, in order, once its files and its rows are on disk; threads draw and write them."""
     with worker_threads("draw") as pool:
         # The first photo comes out of the model when all methods have been found to suit it.
         for row in in_order(
-            pool, lambda photo: _write(photo, bases[photo.path], plan), _begun(looks, plan, settings), ahead=2 * THREADS
+            pool, lambda photo: _write(photo, bases[photo.path], plan), _begun(looks, index), ahead=2 * THREADS
         ):
-            with (plan.out / INDEX_FILE).open("a", encoding="utf-8", newline="") as index:
-                index.write(_as_csv([tuple(one.values()) for one in row]))
+            index.enter(row)
             yield {row[0]["file"]: row}
 
 
-def _begun(looks: Iterator[Look], plan: _Plan, settings: Mapping[str, Any]) -> Iterator[Look]:
+def _begun(looks: Iterator[Look], index: _Index) -> Iterator[Look]:
     """Yields the photos, and begins the folder when the first of them is there."""
     for photo in looks:
-        if not (plan.out / SETTINGS_FILE).is_file():
-            write_whole(plan.out / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-        if not (plan.out / INDEX_FILE).is_file():
-            write_whole(plan.out / INDEX_FILE, _as_csv([INDEX_COLUMNS]))
+        index.begin()
         yield photo
 
 
@@ -485,7 +635,7 @@ def _draw_set(
         return None
 
     with (
-        _progress("drawing", total=len(rows), done=len(rows) - len(waiting), shown=shown) as step,
+        progress_bar("drawing", total=len(rows), done=len(rows) - len(waiting), shown=shown) as step,
         worker_threads("draw") as pool,
     ):
         for number, damage in enumerate(in_order(pool, draw, waiting, ahead=2 * THREADS), start=1):
@@ -518,7 +668,7 @@ def _set_scales(rows: Mapping[str, Sequence[Row]], plan: _Plan) -> dict[str, Sca
 
 
 @contextmanager
-def _progress(word: str, *, total: int, done: int, shown: bool) -> Iterator[Any]:
+def progress_bar(word: str, *, total: int, done: int, shown: bool) -> Iterator[Any]:
     """Gives a function that is told how many of the photos that were left are done."""
     columns = (TextColumn(word), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     console = Console(stderr=True)

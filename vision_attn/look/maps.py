@@ -92,16 +92,16 @@ def look(
     check_classes(methods, classes)
     preprocessing: Preprocessing = model.preprocessing  # type: ignore[assignment]
     device = next(model.parameters()).device
-    memory_format = _memory_format(model, device)
-    photos = (photo for photo in _read_ahead(paths, preprocessing, batch_size) if not _is_damaged(photo, damaged))
-    for batch in _batches(photos, batch_size):
+    memory_format = memory_format_for(model, device)
+    photos = (photo for photo in read_ahead(paths, preprocessing, batch_size) if not is_damaged(photo, damaged))
+    for batch in batches(photos, batch_size):
         images = preprocessing.normalize(torch.stack([photo.pixels for photo in batch]).to(device))
         looks = _explained(model, images.contiguous(memory_format=memory_format), batch, methods, targets, classes)
         methods = _settled(methods, looks[0].explanations)
         yield from looks
 
 
-def _memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+def memory_format_for(model: nn.Module, device: torch.device) -> torch.memory_format:
     """Returns how images lie in memory: colours last for convolutions on the CPU, which take a quarter less time so.
 
     What a network makes of its images follows them; the numbers are the same but for rounding.
@@ -129,7 +129,9 @@ def _settled(
 
 
 @dataclass(frozen=True)
-class _Photo:
+class Photo:
+    """One photo, ready for the model: its pixels uint8 (3, h, w), and itself where it is small enough to keep."""
+
     path: Path
     pixels: Tensor
     geometry: Geometry
@@ -139,7 +141,7 @@ class _Photo:
 def _explained(
     model: nn.Module,
     images: Tensor,
-    batch: Sequence[_Photo],
+    batch: Sequence[Photo],
     methods: Mapping[str, Mapping[str, Any]],
     targets: Sequence[int | None],
     classes: Sequence[str],
@@ -238,13 +240,11 @@ def _asked(targets: Sequence[int | None], count: int, device: torch.device, logi
     return torch.stack(columns, dim=1)
 
 
-def _read_ahead(
-    paths: Sequence[Path], preprocessing: Preprocessing, ahead: int
-) -> Iterator["_Photo | tuple[Path, str]"]:
+def read_ahead(paths: Sequence[Path], preprocessing: Preprocessing, ahead: int) -> Iterator["Photo | tuple[Path, str]"]:
     """Yields photos in order, ready for the model, or what is wrong with them; others are read in the meantime."""
     own = threading.local()  # a pipeline keeps notes of the photo that it works on: each thread has its own
 
-    def read(path: Path) -> "_Photo | tuple[Path, str]":
+    def read(path: Path) -> "Photo | tuple[Path, str]":
         if not hasattr(own, "preprocessing"):
             own.preprocessing = replace(preprocessing)
         try:
@@ -252,7 +252,7 @@ def _read_ahead(
         except UsageError as error:
             return path, str(error)
         pixels, geometry = own.preprocessing(image)
-        return _Photo(path, pixels, geometry, image if image.shape[0] * image.shape[1] <= _KEPT_PIXELS else None)
+        return Photo(path, pixels, geometry, image if image.shape[0] * image.shape[1] <= _KEPT_PIXELS else None)
 
     with worker_threads("read") as pool:
         yield from in_order(pool, read, paths, ahead)
@@ -279,15 +279,17 @@ def worker_threads(name: str) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _is_damaged(photo: _Photo | tuple[Path, str], damaged: dict[Path, str]) -> bool:
-    if isinstance(photo, _Photo):
+def is_damaged(photo: Photo | tuple[Path, str], damaged: dict[Path, str]) -> bool:
+    """Whether a photo could not be read; what was wrong is then entered into `damaged`."""
+    if isinstance(photo, Photo):
         return False
     damaged[photo[0]] = photo[1]
     return True
 
 
-def _batches(photos: Iterator[Any], size: int) -> Iterator[list[_Photo]]:
-    batch: list[_Photo] = []
+def batches(photos: Iterator[Any], size: int) -> Iterator[list[Photo]]:
+    """Yields photos in lists of `size`, the last one shorter."""
+    batch: list[Photo] = []
     for photo in photos:
         batch.append(photo)
         if len(batch) == size:

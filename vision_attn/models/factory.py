@@ -20,6 +20,7 @@ from vision_attn.errors import UsageError
 from vision_attn.layers.attach import Attached, attach_all, attachments
 from vision_attn.layout import TokenLayout
 from vision_attn.models import presets
+from vision_attn.models.lora import LoraConfig, add_lora, merge_lora
 from vision_attn.models.weights import LoadReport, load_into, load_state_dict_file
 from vision_attn.registry import unknown
 
@@ -203,7 +204,9 @@ def load_model(folder: str | Path) -> nn.Module:
 
     Returns:
         The network, (B, 3, H, W) normalised images to (B, classes) logits, with `classes` (tuple of names),
-        `preprocessing` (`data.transforms.Preprocessing`) and `layout` (`TokenLayout`, None where there are no tokens).
+        `preprocessing` (`data.transforms.Preprocessing`), `layout` (`TokenLayout`, None where there are no tokens),
+        `temperature` (what logits are divided by for probabilities that hold) and `multi_label` (whether these are of
+        each class by itself: sigmoid instead of softmax).
 
     Raises:
         UsageError: the folder is not an artefact of ours, or something in it is damaged.
@@ -221,7 +224,10 @@ def load_model(folder: str | Path) -> nn.Module:
         preprocessing = Preprocessing.from_dict(ours["preprocessing"])
         layout = TokenLayout.from_dict(ours["layout"]) if ours["layout"] else None
         attention = ours.get("attention")
-    except (KeyError, TypeError, AttributeError) as error:
+        temperature, multi_label = float(ours.get("temperature", 1.0)), bool(ours.get("multi_label", False))
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature {temperature}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"expected preprocessing and layout in {folder / CONFIG_FILE}, got {error!r}: export the run again"
         ) from error
@@ -232,6 +238,8 @@ def load_model(folder: str | Path) -> nn.Module:
     model.classes = classes  # type: ignore[assignment]
     model.preprocessing = preprocessing  # type: ignore[assignment]
     model.layout = layout  # type: ignore[assignment]
+    model.temperature = temperature  # type: ignore[assignment]
+    model.multi_label = multi_label  # type: ignore[assignment]
     return model.eval()
 
 
@@ -345,6 +353,7 @@ def _open_name(
     model.classes = default_classes(int(getattr(model, "num_classes", 0))) or None  # type: ignore[assignment]
     model.preprocessing = timm_preprocessing(model, image_size)  # type: ignore[assignment]
     model.layout = None  # type: ignore[assignment]
+    model.temperature, model.multi_label = 1.0, False  # type: ignore[assignment]
     return model
 
 
@@ -390,13 +399,18 @@ def _open_run(path: Path) -> nn.Module:
         )
         name, options = str(network["name"]), dict(network.get("options") or {})
         attention = network.get("attention")
+        lora = LoraConfig(**network["lora"]) if network.get("lora") else None
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"expected the config of a run in {config_file}, got {error!r}: give the run's own") from error
     content = load_state_dict_file(path, key="state_dict")
     state = {key.removeprefix("network."): tensor for key, tensor in content.items() if key.startswith("network.")}
     num_classes = _classes_of_head(name, state)
     model = create_model(name, num_classes=num_classes, image_size=data["image_size"], attention=attention, **options)
+    if lora is not None:
+        add_lora(model, lora, heads=classifier_names(model))
     load_into(model, state)
+    if lora is not None:
+        merge_lora(model)
     own = resolve_model_data_config(model)
     model.classes = _classes_of_run(path, config_file.parent, int(model.num_classes))  # type: ignore
     model.preprocessing = Preprocessing(  # type: ignore[assignment]
@@ -406,7 +420,21 @@ def _open_run(path: Path) -> nn.Module:
         transforms=transforms,
     )
     model.layout = None  # type: ignore[assignment]
+    model.temperature, model.multi_label = _answers_of_run(path, config_file.parent)  # type: ignore[assignment]
     return model
+
+
+def _answers_of_run(path: Path, run_dir: Path) -> tuple[float, bool]:
+    """Returns the temperature and whether a photo has several labels, for a checkpoint of a run.
+
+    The run's export says both. Its temperature is that of the best weights, and 1 for all others.
+    """
+    export = run_dir / "export"
+    ours = read_config(export)["vision_attn"] if (export / CONFIG_FILE).is_file() else {}
+    several = ours.get("multi_label")
+    if several is None:
+        several = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("multi_label", False)
+    return float(ours.get("temperature", 1.0)) if path.stem == "best" else 1.0, bool(several)
 
 
 def _classes_of_run(path: Path, run_dir: Path, num_classes: int) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from vision_attn.errors import CheckpointMismatchError, UsageError
@@ -245,6 +246,8 @@ def load_into(
     tensors, renamed = to_our_names(tensors, target)
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     tensors, resampled = fit_positions(model, tensors, interpolation=interpolation, source_grid=source_grid)
+    tensors, resized = fit_bias_tables(model, tensors)
+    resampled = (*resampled, *resized)
 
     missing = tuple(key for key in target if key not in tensors)
     unexpected = tuple(key for key in tensors if key not in target)
@@ -352,6 +355,25 @@ def fit_positions(
     )
     line = f"pos_embed {source_grid[0]} x {source_grid[1]} -> {grid[0]} x {grid[1]} ({interpolation})"
     return {**tensors, "pos_embed": fitted}, (line,)
+
+
+def fit_bias_tables(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Returns the tensors with relative position biases (Swin) at the model's windows, and a line where some changed.
+
+    At another image size windows become smaller; timm's own interpolation is used, as for its pretrained weights.
+    """
+    suffix, fitted = ".relative_position_bias_table", {}
+    for key, tensor in tensors.items():
+        if not key.endswith(suffix):
+            continue
+        module = dict(model.named_modules()).get(key.removesuffix(suffix))
+        wanted, window = getattr(module, suffix[1:], None), getattr(module, "window_size", None)
+        if wanted is None or window is None or wanted.shape == tensor.shape or wanted.shape[1:] != tensor.shape[1:]:
+            continue
+        fitted[key] = resize_rel_pos_bias_table(tensor.to(wanted.dtype), window, wanted.shape)
+    if not fitted:
+        return tensors, ()
+    return {**tensors, **fitted}, (f"relative position biases of {len(fitted)} windows (timm)",)
 
 
 def _source_grid(num_patches: int, grid: tuple[int, int]) -> tuple[int, int]:

@@ -238,7 +238,7 @@ def picture_grid(
         y += heights[index] + captions[index] + 3 * _GAP
     if footer is not None:
         figure.figimage(footer, left, height - y - footer.shape[0], origin="upper")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def learning_curves(
@@ -287,7 +287,7 @@ def learning_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def confusion_matrix(
@@ -342,7 +342,7 @@ def confusion_matrix(
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
     bar = figure.colorbar(picture, ax=axes, shrink=min(0.8, 4 / inches), aspect=25)
     bar.set_label("share of the true class")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def channel_bars(
@@ -396,7 +396,7 @@ def channel_bars(
                 axes.set_title(_plain(f"{name}{shown}{_range_of(gate)}"), loc="left", fontsize=9)
     grid[-1].set_xlabel("channel" if strongest is None else "channel, strongest first")
     figure.supylabel("gate (factor)", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def bars_picture(gate: Map | Sequence[float], *, width: int, height: int) -> NDArray[np.uint8]:
@@ -674,7 +674,8 @@ def _cut(text: str, size: float, room: float, *, bold: bool = False) -> str:
     return text + "…"
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """The path of a new file, .png, .svg or .pdf by its suffix, that holds a figure."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"expected a file name that ends in {', '.join(SUFFIXES)}, got {Path(path).name!r}: rename it")

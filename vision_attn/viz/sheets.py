@@ -111,7 +111,7 @@ def methods_sheet(
         panels,
         title=title,
         cell=cell,
-        footer=_common_legend(drawings, 2 * cell),
+        footer=common_legend(drawings, 2 * cell),
     )
 
 
@@ -213,7 +213,7 @@ def patch_sheet(
         [panels[start : start + columns] for start in range(0, len(panels), columns)],
         title=title,
         cell=cell,
-        footer=_common_legend(drawings, 2 * cell),
+        footer=common_legend(drawings, 2 * cell),
     )
 
 
@@ -281,7 +281,7 @@ def gates_sheet(
         row_titles=["photo", *(row.name or "the model itself" for row in rows)],
         title=title,
         cell=cell,
-        footer=_common_legend(drawings, 2 * cell),
+        footer=common_legend(drawings, 2 * cell),
     )
 
 
@@ -309,7 +309,7 @@ def _letters(cell: int) -> int:
     return max(11, round(cell / 15))
 
 
-def _common_legend(drawings: Sequence[DrawnMap], width: int) -> NDArray[np.uint8] | None:
+def common_legend(drawings: Sequence[DrawnMap], width: int) -> NDArray[np.uint8] | None:
     """One legend for all of the maps, or two where some of them are signed; each map has its range below it."""
     by_colours = {drawn.colours.tobytes(): drawn for drawn in drawings}
     strips: list[NDArray[np.uint8]] = []

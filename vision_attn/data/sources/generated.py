@@ -13,6 +13,8 @@ from vision_attn.errors import UsageError
 class ShapeImages(ImageSet):
     """Pictures of the embedded data set, with their masks; each is drawn once and kept."""
 
+    rows = ("indices",)
+
     def __init__(self, dataset: ShapesDataset, indices: np.ndarray) -> None:
         self.dataset = dataset
         self.indices = indices
@@ -20,18 +22,16 @@ class ShapeImages(ImageSet):
         self._drawn: dict[int, np.ndarray] = {}
 
     def read(self, index: int, *, min_size: int | None = None) -> np.ndarray:  # noqa: D102
-        if index not in self._drawn:
-            self._drawn[index] = self.dataset[int(self.indices[index])][0]
-        return self._drawn[index]
+        number = int(self.indices[index])
+        if number not in self._drawn:
+            self._drawn[number] = self.dataset[number][0]
+        return self._drawn[number]
 
     def name(self, index: int) -> str:  # noqa: D102
         return f"{self.dataset.split}[{int(self.indices[index])}]"
 
     def mask(self, index: int) -> np.ndarray:  # noqa: D102
         return self.dataset.mask(int(self.indices[index]))
-
-    def subset(self, indices: np.ndarray) -> "ShapeImages":  # noqa: D102
-        return ShapeImages(self.dataset, self.indices[indices])
 
 
 @SOURCES.register("shapes")

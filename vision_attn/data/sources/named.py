@@ -18,10 +18,13 @@ from vision_attn.registry import unknown
 class TorchvisionImages(ImageSet):
     """Photos of a torchvision data set (an object whose items are (PIL image, label))."""
 
+    rows = ("indices",)
+
     def __init__(self, dataset: Any, labels: np.ndarray, indices: np.ndarray) -> None:
         self.dataset = dataset
         self.labels = labels
         self.indices = indices
+        self._files = _torchvision_files(dataset)
 
     def read(self, index: int, *, min_size: int | None = None) -> np.ndarray:  # noqa: D102
         image = self.dataset[int(self.indices[index])][0]
@@ -30,8 +33,8 @@ class TorchvisionImages(ImageSet):
     def name(self, index: int) -> str:  # noqa: D102
         return f"{type(self.dataset).__name__}[{int(self.indices[index])}]"
 
-    def subset(self, indices: np.ndarray) -> "TorchvisionImages":  # noqa: D102
-        return TorchvisionImages(self.dataset, self.labels[indices], self.indices[indices])
+    def content(self, index: int) -> bytes | None:  # noqa: D102
+        return Path(self._files[int(self.indices[index])]).read_bytes() if self._files else None
 
 
 # What torchvision's data sets call their splits, in the order in which they are tried.
@@ -72,8 +75,14 @@ def open_torchvision(
     if "download" in parameters:
         options["download"] = download
     opened = _open_torchvision_splits(build, parameters, options, dataset)
-    train = opened["train"]
-    names = getattr(train, "classes", None)
+    return from_torchvision(opened, shares, seed, f"torchvision's {dataset}", options)
+
+
+def from_torchvision(
+    opened: Mapping[str, Any], shares: Mapping[str, float], seed: int, dataset: str, options: Mapping[str, Any]
+) -> ImageSource:
+    """Returns the photos of torchvision's data sets by split; `dataset` and `options` are named in errors."""
+    names = getattr(opened["train"], "classes", None)
     splits: dict[str, ImageSet] = {}
     for split, data in opened.items():
         try:
@@ -82,9 +91,9 @@ def open_torchvision(
             raise
         # Some data sets take whatever they are given and fail at the first photo.
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"expected options that torchvision's {dataset} takes, got {options}: {error}") from error
+            raise UsageError(f"expected options that {dataset} takes, got {options}: {error}") from error
         if len(labels) == 0:
-            raise UsageError(f"expected {split} photos in torchvision's {dataset}, got none: check data.options")
+            raise UsageError(f"expected {split} photos in {dataset}, got none: check data.options")
         splits[split] = TorchvisionImages(data, labels, np.arange(len(labels)))
     count = int(max(images.labels.max() for images in splits.values())) + 1
     classes = tuple(map(str, names)) if names is not None and len(names) >= count else tuple(map(str, range(count)))
@@ -137,6 +146,17 @@ def _torchvision_labels(data: Any, name: str) -> np.ndarray:
         labels = np.asarray([int(value) for value in values], np.int64)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"expected a classification data set (one label a photo), got torchvision's {name}: choose another"
+            f"expected a classification data set (one label a photo), got {name}: choose another"
         ) from error
     return labels
+
+
+def _torchvision_files(data: Any) -> list[str] | None:
+    """Returns the photo's files, where the data set keeps a list of them; there is no one name for it."""
+    for attribute in ("samples", "_samples", "_image_files", "_images", "imgs"):
+        kept = getattr(data, attribute, None)
+        if isinstance(kept, list) and len(kept) == len(data) and kept:
+            files = [entry[0] if isinstance(entry, tuple) else entry for entry in kept]
+            if isinstance(files[0], str | Path) and Path(files[0]).is_file():
+                return [str(file) for file in files]
+    return None

@@ -1,0 +1,3 @@
+from vision_attn.cli.main import main
+
+__all__ = ["main"]
