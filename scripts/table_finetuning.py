@@ -25,7 +25,7 @@ VIT, EFFNET = "finetune_clothing_vits14.yaml", "finetune_clothing_effnetlite0.ya
 
 # What a row has that its config has not. All train the whole network unless it says otherwise.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit_probe": (VIT, {"model.tune.mode": "linear_probe", "model.optim.lr": 3e-3, "model.optim.layer_decay": 1.0}),
+    "vit_probe": (VIT, {"model.tuning": {"mode": "linear_probe"}, "model.optim.lr": 3e-3, "model.optim.layer_decay": 1.0}),
     "vit_lora": (VIT, {"model.lora": {"rank": 8, "alpha": 16}, "model.optim.lr": 1e-3, "model.optim.layer_decay": 1.0}),
     "vit_layer_decay": (VIT, {}),
     "vit_full": (VIT, {"model.optim.layer_decay": 1.0, "model.optim.lr": 5e-5}),

@@ -184,6 +184,8 @@ def test_new_blocks_that_would_never_learn_are_refused():
     attach_attention(network, "cbam", where="layer?")
     with pytest.raises(UsageError, match=r"the new one at layer1\.0\.attached_cbam"):
         check_blocks_learn(network, Tuning(network, TuningConfig("last_blocks", blocks=1)))
+    network = timm.create_model("resnet10t", num_classes=2)
+    attach_attention(network, "cbam", where="layer?")
     # They will learn in time.
     check_blocks_learn(network, Tuning(network, TuningConfig("gradual")))
 
@@ -280,7 +282,8 @@ def test_the_weight_average_is_that_of_parameters_and_statistics(tmp_path):
             torch.testing.assert_close(state[key].double(), value, atol=1e-6, rtol=1e-5)
     assert frozen
     for key, value in frozen.items():
-        assert torch.equal(state[key], value), key
+        # The average of equal numbers is rounded.
+        torch.testing.assert_close(state[key], value, atol=1e-6, rtol=1e-6)
     assert not torch.equal(state["layer4.0.bn1.running_mean"], torch.zeros_like(state["layer4.0.bn1.running_mean"]))
 
 
@@ -347,10 +350,10 @@ def test_batch_sizes_are_doubled_until_the_photos_or_the_trials_end(monkeypatch)
     assert photos.batch_size == 4
     step = model.training_step
 
-    def small_memory(batch, index):
+    def small_memory(batch, batch_idx):
         if len(batch.images) > 8:
             raise RuntimeError("CUDA out of memory.")
-        return step(batch, index)
+        return step(batch, batch_idx)
 
     monkeypatch.setattr(model, "training_step", small_memory)
     assert find_batch_size(model, photos, FinderConfig(), trainer={"accelerator": "cpu"}) == 8

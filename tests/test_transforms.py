@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
 
 from vision_attn.data.transforms import (
     Preprocessing,
@@ -87,12 +89,63 @@ def test_a_seed_gives_the_same_augmentation():
         ({"RandomResizedCrop": {"size": [0, 3]}}, "must be >= 1"),
         ({"Resize": {"height": 8, "width": 8, "interpolation": "cubic"}}, "did you mean 'bicubic'"),
         (7, "Name: {option: value}"),
+        ("RandAugmentt", "did you mean 'RandAugment'"),
+        ("TrivialAugment", "did you mean 'TrivialAugmentWide'"),
+        ({"RandAugment": {"num_op": 2}}, "options that RandAugment takes, got .*unexpected keyword argument 'num_op'"),
+        ({"RandAugment": {"magnitude": 31}}, "magnitude is a whole number from 0 to 30"),
+        ({"RandAugment": {"num_ops": 0}}, "num_ops is a whole number from 1"),
+        ({"RandAugment": {"p": 2}}, r"p is within \[0, 1\]"),
+        ({"RandAugment": {"interpolation": "cubic"}}, "'cubic' is not a valid InterpolationMode"),
+        ({"AutoAugment": {"policy": "coco"}}, "'coco' is not a valid AutoAugmentPolicy"),
+        ({"RandomErasing": {"scale": [0.5, 0.1]}}, "options that RandomErasing takes"),
     ],
 )
 def test_a_wrong_transform_is_told_in_one_line(spec, message):
     with pytest.raises(UsageError, match=message) as caught:
         build_pipeline([spec])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["RandAugment", "TrivialAugmentWide", "AutoAugment", "AugMix"])
+def test_a_policy_is_torchvisions_and_draws_from_the_pipelines_seed(name):
+    image = np.random.default_rng(3).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    pipeline, seen = build_pipeline([{name: {"interpolation": "bilinear", "fill": [1, 2, 3]}}]), []
+    policy = pipeline.transforms[0].transform
+    pipeline.transforms[0].transform = lambda picture: seen.append(torch.initial_seed()) or policy(picture)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    outs = []
+    for seed in (1, 2, 1):
+        pipeline.set_random_seed(seed)
+        outs.append(pipeline(image=image)["image"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(outs[0], outs[2])
+    assert not np.array_equal(outs[0], outs[1])
+    assert outs[0].flags.writeable
+    options = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [1, 2, 3]}
+    torch.manual_seed(seen[0])
+    assert np.array_equal(np.asarray(getattr(v2, name)(**options)(Image.fromarray(image))), outs[0])
+
+
+def test_a_policys_share_of_photos_is_its_p():
+    image = np.random.default_rng(3).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    pipeline = build_pipeline([{"AutoAugment": {"p": 0.25}}], seed=0)
+    pipeline.transforms[0].transform = lambda picture: Image.new("RGB", picture.size)
+    assert sum(pipeline(image=image)["image"].max() == 0 for _ in range(200)) == pytest.approx(50, abs=15)
+
+
+def test_erasing_leaves_noise_in_a_rectangle_of_the_area_that_was_asked_for():
+    image = np.full((50, 60, 3), 100, np.uint8)
+    pipeline = build_pipeline([{"RandomErasing": {"p": 1.0, "scale": [0.1, 0.2], "ratio": [0.5, 2.0]}}], seed=0)
+    for _ in range(20):
+        out = pipeline(image=image)["image"]
+        ys, xs = np.nonzero((out != 100).any(2))
+        box = out[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+        assert 0.08 < box[..., 0].size / 3000 < 0.22
+        assert (box != 100).any(2).mean() > 0.99
+        assert 60 < box.std() < 90
+    black = build_pipeline([{"RandomErasing": {"p": 1.0, "value": 0}}], seed=0)(image=image)["image"]
+    assert set(np.unique(black)) == {0, 100}
 
 
 def test_a_pipeline_of_another_size_is_refused():

@@ -14,7 +14,7 @@ def add_compare(commands: Any) -> None:
         "same photos differ (McNemar's exact test); and, for runs that differ in data.fold alone, all folds together.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
-    parser.add_argument("--split", default="val", help="val (default) or test")
+    parser.add_argument("--split", help="validation or test (test where all runs were tested)")
     parser.add_argument("--out", help="a new CSV file with the table")
     parser.set_defaults(carry_out=_compare)
 
@@ -22,11 +22,19 @@ def add_compare(commands: Any) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from vision_attn.errors import UsageError
+    from vision_attn.files import is_taken
     from vision_attn.training.comparison import compare_runs
 
-    compared = compare_runs(options.runs, split=options.split, out=options.out)
+    if options.out and is_taken(options.out):
+        raise UsageError(f"expected a new file for the table, got {options.out}, which exists: choose another")
+    compared = compare_runs(options.runs, split=options.split)
     # A pipe or a file has no width: nothing is cut off there.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=True)
-    for part in compared.shown():
-        console.print(part)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for table in compared.tables():
+        console.print(table)
+    for line in compared.lines():
+        console.print(line, soft_wrap=True)
+    if options.out:
+        print(f"table: {compared.write_csv(options.out)}")
     return 0

@@ -30,7 +30,12 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("photos", metavar="PHOTOS", nargs="+", help="photos, folders of photos, quoted patterns")
     parser.add_argument("--out", help="a new file; a new predictions.csv where left out")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes a photo (5)")
-    parser.add_argument("--tta", metavar="KIND", help="test-time augmentation, such as flip (none)")
+    parser.add_argument(
+        "--tta",
+        default="none",
+        metavar="KIND",
+        help="views that are averaged: none (default), flip, scales, five_crop, ten_crop",
+    )
     parser.add_argument("--batch-size", type=positive, default=16, help="photos a forward pass (16)")
     parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, mps")
     add_named_model(parser)

@@ -52,9 +52,9 @@ Item = tuple[Tensor, Tensor, int, float]
 class ImageDataset(Dataset):
     """Photos of one split, through a pipeline.
 
-    Items are `Item`s. A key is an index, or (epoch, index): every photo's augmentation is drawn from (seed, epoch,
-    index) alone, so that it depends neither on the number of workers nor on what was read before. Index -1 is filling:
-    the first photo, with weight 0.
+    Items are `Item`s. A key is an index, or a `sampling.Key`: every photo's augmentation is drawn from the seed and the
+    key alone, so that it depends neither on the number of workers nor on what was read before. Index -1 is filling: the
+    first photo, with weight 0.
     """
 
     def __init__(
@@ -76,12 +76,14 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: int | Key) -> Item:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, *before = key if isinstance(key, tuple) else (0, key)
         if index < 0:
             pixels, target, _, _ = self[epoch, 0]
             return pixels, target, -1, 0.0
         image = self.images.read(index, min_size=self.min_size)
-        self.pipeline.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
+        self.pipeline.set_random_seed(
+            int(np.random.SeedSequence((self.seed, epoch, index, *before)).generate_state(1)[0])
+        )
         out = self.pipeline(image=image)["image"]
         if out.shape[:2] != self.image_size:
             raise UsageError(

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-Key = tuple[int, int]
-"""An epoch, and the index of a photo in its split; -1 for one that only fills up a batch."""
+Key = tuple[int, ...]
+"""An epoch, and the index of a photo in its split, -1 for one that only fills up a batch; where photos can come several
+times in an epoch, also how often this one came before."""
 
 
 class EpochSampler(Sampler[Key]):
@@ -68,8 +69,13 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         first = self._start[1] * self.batch_size if self._start[0] == self.epoch else 0
-        own = self.order(self.epoch)[self.rank :: self.world_size][: len(self)]
-        return iter([(self.epoch, int(index)) for index in own[first:]])
+        order = self.order(self.epoch)
+        rows = np.arange(self.rank, self.length, self.world_size)[first : len(self)]
+        if self.weights is None:
+            return iter([(self.epoch, index) for index in order[rows].tolist()])
+        # Each time with another augmentation.
+        before = count_before(order)
+        return iter([(self.epoch, *pair) for pair in zip(order[rows].tolist(), before[rows].tolist(), strict=True)])
 
 
 class EachOnce(Sampler[Key]):
@@ -89,6 +95,16 @@ class EachOnce(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         own = list(range(self.rank, self.length, self.world_size))
         return iter([(0, index) for index in [*own, *[-1] * (len(self) - len(own))]])
+
+
+def count_before(values: np.ndarray) -> np.ndarray:
+    """Returns for each of some values how often it stands before that place."""
+    order = np.argsort(values, kind="stable")
+    places = np.arange(len(values))
+    first = np.r_[True, np.diff(values[order]) != 0]
+    counts = np.empty(len(values), np.int64)
+    counts[order] = places - np.maximum.accumulate(np.where(first, places, 0))
+    return counts
 
 
 def draw_evenly(weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

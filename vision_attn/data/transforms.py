@@ -79,7 +79,7 @@ class Policy(A.ImageOnlyTransform):
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed GPUs, too.
             torch.default_generator.manual_seed(seed)
-            return np.asarray(self.transform(Image.fromarray(img)))
+            return np.array(self.transform(Image.fromarray(img)))
 
 
 def image_hw(image_size: int | Sequence[int]) -> tuple[int, int]:

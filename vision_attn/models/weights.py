@@ -370,7 +370,10 @@ def fit_bias_tables(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[
         wanted, window = getattr(module, suffix[1:], None), getattr(module, "window_size", None)
         if wanted is None or window is None or wanted.shape == tensor.shape or wanted.shape[1:] != tensor.shape[1:]:
             continue
-        fitted[key] = resize_rel_pos_bias_table(tensor.to(wanted.dtype), window, wanted.shape)
+        with warnings.catch_warnings():
+            # Advice on the speed of what runs once.
+            warnings.filterwarnings("ignore", ".*searchsorted.*")
+            fitted[key] = resize_rel_pos_bias_table(tensor.to(wanted.dtype), window, wanted.shape)
     if not fitted:
         return tensors, ()
     return {**tensors, **fitted}, (f"relative position biases of {len(fitted)} windows (timm)",)

@@ -141,8 +141,8 @@ def others_reported(again: str) -> Iterator[None]:
         if not together or not _LOST.search(str(error)):
             raise
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).split(". ")[0]
         raise UsageError(
             f"expected all {world} processes to go on, got rank {rank} cut off from another one, which was killed or "
-            f"ended with an error of its own ({reason[:160]}): see what it said, then {again}"
+            f"ended with an error of its own ({reason}): see what it said, then {again}"
         ) from error

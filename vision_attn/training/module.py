@@ -153,6 +153,8 @@ class Classifier(pl.LightningModule):
         self.test_confusion = confusion(num_classes)
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
+        # What is frozen is in evaluation mode from the start.
+        self.train()
 
     optimizer_of_whole: Any = None
 

@@ -1,15 +1,18 @@
 """`vision-attn data preview`: a sheet of what the network will really see."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from vision_attn.data.datamodule import Batch, ImageDataModule
+from vision_attn.data.datamodule import ImageDataModule, ImageDataset, collate
+from vision_attn.data.sampling import Key
 from vision_attn.data.sources.base import SPLITS
 from vision_attn.errors import UsageError
+from vision_attn.files import is_taken
 from vision_attn.registry import unknown
 from vision_attn.viz.plots import Panel, picture_grid
 
@@ -17,17 +20,18 @@ from vision_attn.viz.plots import Panel, picture_grid
 def preview_sheet(
     data: ImageDataModule, path: str | Path, *, split: str = "train", photos: int = 24, epochs: int = 1
 ) -> Path:
-    """Returns the path of a sheet of the first photos as the network gets them, each beside the photo as it is.
+    """Returns the path of a sheet of photos as the network gets them, each beside the photo as it is.
 
-    They come from the very batches of a run: after the transforms and, in training, after mixing, in the order of the
-    run's seed. Each has its labels below it, with their shares where photos are mixed.
+    Pictures are those of a run's own batches, with their labels and shares: after the transforms and, in training,
+    after mixing. Normalisation, which shifts and scales all pixels alike, is left out. Training photos are the first
+    that the run sees; those of other splits are spread over the split.
 
     Args:
         data: The photos of a run.
         path: Of the new file, .png, .svg or .pdf.
         split: "train", "validation" or "test".
         photos: How many, at most.
-        epochs: Of training, how many epochs of each photo stand beside each other.
+        epochs: Of training: how many epochs of each photo stand beside each other.
 
     Raises:
         UsageError: there is no such split, or the path cannot be written.
@@ -35,81 +39,96 @@ def preview_sheet(
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if epochs > 1 and split != "train":
-        raise UsageError(f"expected --epochs 1 for {split}, which is the same in every epoch, got {epochs}")
-    seen = _seen(data, split, photos, 0)
+        raise UsageError(f"expected 1 epoch for {split}, whose photos are the same in each, got {epochs}: leave it out")
+    if is_taken(path):
+        raise UsageError(f"expected a new file for the sheet, got {path}, which exists: choose another")
+    if split == "train":
+        indices, seen = _see_training(data, photos, epochs)
+    else:
+        indices, seen = _see_evaluation(data, split, photos)
     images = data.splits[split]
-    later = [dict(_by_index(data, split, epoch, [index for index, *_ in seen])) for epoch in range(1, epochs)]
     groups = []
-    for index, picture, label, mixed in seen:
-        name = Path(images.name(index)).name
-        group = [
-            Panel(images.read(index), caption=(name, _size(images.read(index)))),
-            Panel(picture, caption=(_told(label, data.classes), "mixed" if mixed else _size(picture))),
-        ]
-        groups.append(
-            group + [Panel(others[index], caption=(f"epoch {epoch + 2}",)) for epoch, others in enumerate(later)]
-        )
-    in_a_row = max(1, 8 // (epochs + 1))
+    for index in indices:
+        whole = images.read(index)
+        group = [Panel(whole, caption=(Path(images.name(index)).name, f"{whole.shape[1]} x {whole.shape[0]}"))]
+        for pictures in seen:
+            one = pictures.get(index)
+            told = ("not drawn",) if one is None else _told(one.label, data.classes)
+            group.append(Panel(None if one is None else one.picture, caption=told))
+        groups.append(group)
+    in_a_row = max(1, 8 // (len(seen) + 1))
     rows = [list(chain(*groups[start : start + in_a_row])) for start in range(0, len(groups), in_a_row)]
-    heads = ["the photo", "what is seen" if epochs == 1 else "epoch 1", *[""] * (epochs - 1)]
-    height, width = data.image_size
+    heads = ["photo", "seen" if epochs == 1 else "epoch 1", *(f"epoch {epoch + 1}" for epoch in range(1, epochs))]
+    height, width = data.train_image_size if split == "train" else data.image_size
     return picture_grid(
         path,
         rows,
-        column_titles=heads * in_a_row,
-        title=f"{split}: {len(seen)} of {len(images)} photos, as the network sees them at {height} x {width}",
-        cell=128,
-        group=epochs + 1,
+        column_titles=heads * min(in_a_row, len(groups)),
+        title=f"{split}: {len(indices)} of {len(images):,} photos, as the network sees them at {width} x {height}",
+        cell=144,
+        group=len(heads),
     )
 
 
-def _seen(data: ImageDataModule, split: str, photos: int, epoch: int) -> list[tuple[int, np.ndarray, Tensor, bool]]:
-    """Returns index, picture, label and whether it is mixed, of the first photos of a split."""
-    found: list[tuple[int, np.ndarray, Tensor, bool]] = []
-    for batch in _batches(data, split):
-        labels = batch.labels
-        mixed = data.mixed(batch) if split == "train" else batch
-        for row, index in enumerate(batch.indices.tolist()):
-            changed = mixed is not batch and not bool((mixed.images[row].float() == batch.images[row]).all())
-            label = mixed.labels[row] if changed else labels[row]
-            found.append((index, _picture(mixed.images[row]), label, changed))
-            if len(found) == photos:
-                return found
-    return found
+@dataclass(frozen=True)
+class _Seen:
+    """A photo in a batch: uint8 (H, W, 3), and its label as the loss gets it."""
+
+    picture: np.ndarray
+    label: Tensor
 
 
-def _batches(data: ImageDataModule, split: str) -> Iterator[Batch]:
-    loaders = {"train": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}
-    # In this process: a sheet is not worth the start of others.
-    workers, data.num_workers = data.num_workers, 0
-    try:
-        yield from loaders[split]()
-    finally:
-        data.num_workers = workers
+def _see_training(data: ImageDataModule, photos: int, epochs: int) -> tuple[list[int], list[dict[int, _Seen]]]:
+    """Returns the first photos of a run's first epoch, and what is seen of them in each epoch, by index."""
+    loader = data.train_dataloader()
+    dataset, sampler = loader.dataset, loader.sampler
+    indices: list[int] = []
+    seen: list[dict[int, _Seen]] = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        keys: list[Key] = list(sampler)
+        # Balanced sampling may draw a photo several times, or not at all.
+        indices = indices or list(dict.fromkeys(key[1] for key in keys))[:photos]
+        # What a photo is mixed with depends on all of its batch.
+        size = 1 if data.mixing is None else data.batch_size
+        pictures: dict[int, _Seen] = {}
+        for start in range(0, len(keys), size):
+            batch = keys[start : start + size]
+            if any(key[1] in indices and key[1] not in pictures for key in batch):
+                found = _see(data, dataset, batch, epoch)  # type: ignore[arg-type]
+                pictures = {**{index: one for index, one in found.items() if index in indices}, **pictures}
+            if len(pictures) == len(indices):
+                break
+        seen.append(pictures)
+    return indices, seen
 
 
-def _by_index(
-    data: ImageDataModule, split: str, epoch: int, indices: Sequence[int]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields photos of another epoch, without mixing: their neighbours of that epoch are others."""
-    dataset = data.train_dataloader().dataset
-    for index in indices:
-        yield index, dataset[(epoch, index)][0].numpy()
+def _see(data: ImageDataModule, dataset: ImageDataset, keys: Sequence[Key], epoch: int) -> dict[int, _Seen]:
+    batch = data.mixed(collate([dataset[key] for key in keys]), epoch)
+    pictures = batch.images.permute(0, 2, 3, 1).numpy()
+    return {index: _Seen(pictures[row], batch.labels[row]) for row, index in enumerate(batch.indices.tolist())}
 
 
-def _picture(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).float().round().clamp(0, 255).byte().cpu().numpy()
+def _see_evaluation(data: ImageDataModule, split: str, photos: int) -> tuple[list[int], list[dict[int, _Seen]]]:
+    loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
+    dataset = loader.dataset
+    count = len(dataset)  # type: ignore[arg-type]
+    # Photos often come class by class.
+    indices = np.unique(np.linspace(0, count - 1, min(photos, count)).round().astype(int)).tolist()
+    items = {index: dataset[index] for index in indices}
+    return indices, [{index: _Seen(item[0].numpy(), item[1]) for index, item in items.items()}]
 
 
-def _size(picture: np.ndarray) -> str:
-    return f"{picture.shape[1]} x {picture.shape[0]}"
-
-
-def _told(label: Tensor, classes: Sequence[str]) -> str:
+def _told(label: Tensor, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the lines that say a label: its classes, and the shares of those that are mixed."""
     if label.ndim == 0:
-        return classes[int(label)]
-    shares = [(float(share), name) for share, name in zip(label, classes, strict=True) if share > 0]
-    shares.sort(key=lambda pair: -pair[0])
+        return (classes[int(label)],)
+    shares = sorted(
+        ((share, name) for share, name in zip(label.tolist(), classes, strict=True) if share > 0), reverse=True
+    )
+    if not shares:
+        return ("no label",)
     if all(share == 1 for share, _ in shares):
-        return ", ".join(name for _, name in shares) or "no label"
-    return " + ".join(f"{share:.0%} {name}" for share, name in shares)
+        return (", ".join(name for _, name in shares),)
+    more = (f"and {len(shares) - 3} more",) if len(shares) > 3 else ()
+    return (*(f"{share:.0%} {name}" for share, name in shares[:3]), *more)

@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import nn
 
 from vision_attn.data.datamodule import ImageDataModule
+from vision_attn.data.report import report_lines
 from vision_attn.errors import StoppedError, UsageError
 from vision_attn.files import free_path, is_taken, remove_parts
 from vision_attn.training.arguments import OneLineParser
@@ -346,6 +347,8 @@ class TrainingCLI(LightningCLI):
         first = self.trainer.is_global_zero
         for line in self.datamodule.skipped_lines() if first else ():
             Console(soft_wrap=True, highlight=False).print(line)
+        for line in report_lines(self.datamodule) if first and command == "fit" and not self.resumed else ():
+            Console(soft_wrap=True, highlight=False, markup=False).print(f"photos: {line}")
         self._try_data(command)
         if self.watcher is not None:
             self.watcher.check(self.trainer, self.model, self.datamodule)

@@ -151,6 +151,7 @@ _SAME_RESULT = (
     "data.num_workers",
     "data.check",
     "data.damaged",
+    "data.report",
     "data.eval_batch_size",
     "model.grad_checkpointing",
     "model.checkpoint",

@@ -86,7 +86,11 @@ class WatchConfig:
     style: str = "heat"
     animation: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises a `UsageError` where a value can never be used.
+
+        Not when it is made: the parser would bury the reason, for the key can also be empty.
+        """
         for name in _listed(self.method):
             METHODS.get(name)
         if self.method is not None and not _listed(self.method):
@@ -184,6 +188,7 @@ class WatchAttention(pl.Callback):
     """
 
     def __init__(self, config: WatchConfig, run_dir: Path) -> None:
+        config.check()
         self.config = config
         self.folder = Path(run_dir) / FOLDER
         self.methods: dict[str, dict[str, Any]] = {}

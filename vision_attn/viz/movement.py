@@ -309,9 +309,10 @@ def _told(common: Scale, scale: str) -> str:
 
 
 def _notes(scale: str, drawings: Sequence[DrawnMap]) -> list[str]:
+    ends = f"percentiles {100 - _PERCENTILE} to {_PERCENTILE}"
     notes = {
-        "shared": "one scale a photo for all epochs, in multiples of each map's own mean",
-        "raw": "one scale a photo for all epochs",
+        "shared": f"one scale a photo for all epochs ({ends}), in multiples of each map's own mean",
+        "raw": f"one scale a photo for all epochs ({ends})",
         "own": "each map on its own scale, from its lowest to its highest value",
     }
     return [notes[scale], *(UNSEEN for _ in range(not all(one.seen.all() for one in drawings)))]
