@@ -128,7 +128,7 @@ def run_ours(options: argparse.Namespace, device: torch.device) -> float:
 def run_timm(options: argparse.Namespace, device: torch.device) -> float:
     """Returns the seconds of the same steps in the loop of timm's train.py (`train_one_epoch`), with its factories."""
     torch.manual_seed(0)
-    model = timm.create_model(options.model, num_classes=1000, img_size=options.image_size).to(device)
+    model: Any = timm.create_model(options.model, num_classes=1000, img_size=options.image_size).to(device)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-4, weight_decay=0.05)
     schedule = CosineLRScheduler(optimizer, t_initial=options.warmup + options.steps, t_in_epochs=False)
     loss_of = LabelSmoothingCrossEntropy(0.1)

@@ -120,7 +120,7 @@ def compare(ours: Path, reference: Path) -> list[str]:
     for name in ("last.ckpt", "best.ckpt"):
         one, two = (_weights(run / "checkpoints" / name) for run in (ours, reference))
         apart = {key: (one[key].double() - two[key].double()).abs() for key in two}
-        # A key's bias has no gradient but rounding, from which Adam makes steps as large as any other: it moves no answer.
+        # A key's bias has no gradient but rounding, from which Adam makes steps as large as any other: nothing moves.
         keys = {key: found.chunk(3)[1].clone() for key, found in apart.items() if key.endswith("attn.qkv.bias")}
         for key in keys:
             apart[key].chunk(3)[1].zero_()

@@ -263,6 +263,7 @@ def test_a_teacher_of_other_classes_is_refused(teacher_folder):
         Teacher(TeacherConfig("runs/nowhere/export"))
 
 
+@pytest.mark.slow
 def test_the_weight_average_is_that_of_parameters_and_statistics(tmp_path):
     model = classifier(name="resnet10t", options=None, image_size=None, tuning=TuningConfig("last_blocks", blocks=2))
     averages = {}
@@ -287,6 +288,7 @@ def test_the_weight_average_is_that_of_parameters_and_statistics(tmp_path):
     assert not torch.equal(state["layer4.0.bn1.running_mean"], torch.zeros_like(state["layer4.0.bn1.running_mean"]))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_leaves_plain_keys_and_a_network_that_runs_call_by_call():
     model = classifier(compile=True)
     keys = list(model.state_dict())
@@ -341,6 +343,7 @@ def test_the_steepest_fall_is_that_over_the_logarithm():
     assert smoothed([3.0, 1.0], share=0.5) == pytest.approx([3.0, (0.5 * 1.5 + 0.5) / 0.75])
 
 
+@pytest.mark.slow
 def test_batch_sizes_are_doubled_until_the_photos_or_the_trials_end(monkeypatch):
     model, photos = classifier(), data(batch_size=4)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}

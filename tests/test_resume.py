@@ -112,6 +112,7 @@ def assert_same(run_dir: Path, whole: Path) -> None:
     for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt"):
         first, second = (torch.load(folder / name, weights_only=True) for folder in (run_dir, whole))
         for content in (first, second):
+            content["callbacks"].pop("RunPlots", None)
             for key, state in content["callbacks"].items():
                 if key.startswith("ModelCheckpoint"):
                     content["callbacks"][key] = {"score": state["best_model_score"], "kth": state["kth_value"]}

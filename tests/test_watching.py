@@ -23,6 +23,7 @@ from vision_attn.cli import main
 from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.errors import UsageError
 from vision_attn.geometry import Geometry
+from vision_attn.training import watching
 from vision_attn.training.module import Classifier
 from vision_attn.training.optim import OptimConfig
 from vision_attn.training.run import training_words
@@ -144,6 +145,18 @@ def test_the_network_draws_at_random_while_it_trains():
     assert any(isinstance(one, torch.nn.BatchNorm2d) for one in module.modules())
 
 
+@pytest.fixture(autouse=True)
+def without_sheet(request, monkeypatch):
+    """Leaves out the pictures at the end, half of a small run's time, but where a test is about them."""
+    if "with_sheet" not in request.fixturenames:
+        monkeypatch.setattr(watching, "redraw", lambda *_, **__: {})
+
+
+@pytest.fixture
+def with_sheet():
+    """Draws the pictures at the end."""
+
+
 @pytest.fixture
 def careless():
     """A method without manners, which fails where `fails` holds."""
@@ -154,10 +167,10 @@ def careless():
         """Returns something."""
         state.calls += 1
         torch.manual_seed(0), np.random.seed(0), random.seed(0)
-        model.train()
-        model.register_forward_hook(lambda *_: None)
         logits = model(images)
         logits.sum().backward()
+        model.train()
+        model.register_forward_hook(lambda *_: None)
         for weight in model.parameters():
             weight.data.zero_()
         if state.fails:
@@ -202,7 +215,7 @@ def test_whatever_a_method_does_the_network_is_left_in_mid_accumulation_as_it_wa
         assert not watcher.folder.exists()
 
 
-def test_a_method_that_fails_in_mid_training_leaves_a_line_and_the_run_goes_on(tmp_path, careless, capsys):
+def test_a_method_that_fails_in_mid_training_leaves_a_line_and_the_run_goes_on(tmp_path, careless, capsys, with_sheet):
     class Failing(pl.Callback):
         def on_train_epoch_start(self, trainer, module):
             careless.fails = trainer.current_epoch == 0
@@ -249,12 +262,12 @@ def test_the_maps_are_those_of_the_weights_that_are_exported(tmp_path, ema):
     assert not np.allclose(look.maps["rollout"], started.maps["rollout"], rtol=1e-3)
 
 
-def test_each_epoch_has_the_same_photos_and_the_folder_all_that_is_said_of_it(tmp_path, monkeypatch):
+def test_each_epoch_has_the_same_photos_and_the_folder_all_that_is_said_of_it(tmp_path, with_sheet):
     config = WatchConfig(
         method=["grad_cam", "rollout"], photos=3, target="star", options={"rollout": {"discard_ratio": 0.5}}
     )
     watcher = WatchAttention(config, tmp_path)
-    fit(watcher, epochs=3)
+    fit(watcher, epochs=1)
     names = {str(path.relative_to(watcher.folder)) for path in watcher.folder.rglob("*") if path.is_file()}
     notes = json.loads((watcher.folder / "watch.json").read_text())
     files = [photo["file"] for photo in notes["photos"]]
@@ -263,8 +276,8 @@ def test_each_epoch_has_the_same_photos_and_the_folder_all_that_is_said_of_it(tm
         *(f"photos/{file}.png" for file in files),
         *(f"sheet-{method}.png" for method in config.method),
         *(f"movement-{method}.{end}" for method in config.method for end in ("png", "csv", "webp")),
-        *(f"epoch_{epoch:03d}/maps.npz" for epoch in range(4)),
-        *(f"epoch_{epoch:03d}/{file}-{method}.png" for epoch in range(4) for file in files for method in config.method),
+        *(f"epoch_{epoch:03d}/maps.npz" for epoch in range(2)),
+        *(f"epoch_{epoch:03d}/{file}-{method}.png" for epoch in range(2) for file in files for method in config.method),
     }
     assert notes["methods"]["rollout"]["discard_ratio"] == 0.5
     star = notes["classes"].index("star")
@@ -358,7 +371,7 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert np.isnan(rank_correlation(one, np.ones_like(one)))
 
 
-def test_the_table_says_how_far_the_map_moved(tmp_path):
+def test_the_table_says_how_far_the_map_moved(tmp_path, with_sheet):
     watcher = WatchAttention(WatchConfig(photos=1, animation=False), tmp_path)
     fit(watcher, epochs=2)
     maps = [Look.load(path / "maps.npz").maps["rollout"][0] for path in drawn_epochs(watcher.folder).values()]
@@ -504,13 +517,12 @@ def config_file(tmp_path, **watch):
     return str(path)
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_same_photos_and_its_sheet_has_all_epochs(tmp_path, careless, capsys):
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_goes_on_with_the_same_photos_and_its_sheet_has_all_epochs(
+    tmp_path, careless, capsys, with_sheet
+):
     config, run_dir = config_file(tmp_path, method="careless", photos=2, animation=False), tmp_path / "run"
     careless.error = KeyboardInterrupt()
-
-    class Cut(pl.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            careless.fails = trainer.current_epoch == 1
 
     original = METHODS.get("careless")
     calls = []

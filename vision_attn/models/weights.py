@@ -371,8 +371,8 @@ def fit_bias_tables(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[
         if wanted is None or window is None or wanted.shape == tensor.shape or wanted.shape[1:] != tensor.shape[1:]:
             continue
         with warnings.catch_warnings():
-            # Advice on the speed of what runs once.
-            warnings.filterwarnings("ignore", ".*searchsorted.*")
+            # What torch has to say about timm's code.
+            warnings.filterwarnings("ignore", ".*(searchsorted|non-tuple sequence).*")
             fitted[key] = resize_rel_pos_bias_table(tensor.to(wanted.dtype), window, wanted.shape)
     if not fitted:
         return tensors, ()

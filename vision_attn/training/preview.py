@@ -123,12 +123,11 @@ def _told(label: Tensor, classes: Sequence[str]) -> tuple[str, ...]:
     """Returns the lines that say a label: its classes, and the shares of those that are mixed."""
     if label.ndim == 0:
         return (classes[int(label)],)
-    shares = sorted(
-        ((share, name) for share, name in zip(label.tolist(), classes, strict=True) if share > 0), reverse=True
-    )
+    shares = [(share, name) for share, name in zip(label.tolist(), classes, strict=True) if share > 0]
     if not shares:
         return ("no label",)
     if all(share == 1 for share, _ in shares):
         return (", ".join(name for _, name in shares),)
+    shares.sort(key=lambda pair: -pair[0])
     more = (f"and {len(shares) - 3} more",) if len(shares) > 3 else ()
     return (*(f"{share:.0%} {name}" for share, name in shares[:3]), *more)

@@ -235,8 +235,8 @@ class WatchAttention(pl.Callback):
             raise
         except Exception as error:
             raise UsageError(
-                f"expected a method that works on {classifier.name} for watch.method, got {', '.join(self.methods)}, "
-                f"which fails: {_reason(error)}"
+                f"expected a method that works on {type(network).__name__} for watch.method, got "
+                f"{', '.join(self.methods)}, which fails: {_reason(error)}"
             ) from error
 
     def _choose(self, data: ImageDataModule) -> list[Watched]:
@@ -689,8 +689,16 @@ def _method_options(methods: Sequence[str], options: Mapping[str, Any]) -> dict[
 @contextmanager
 def _apart() -> Iterator[None]:
     """Puts the random state of torch, CUDA, NumPy and Python back, whatever was drawn in between."""
-    with isolate_rng(), torch.inference_mode(False):
-        yield
+    failed: BaseException | None = None
+    with isolate_rng():
+        # Lightning's puts nothing back where an exception comes through it.
+        try:
+            with torch.inference_mode(False):
+                yield
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _evaluated(trainer: pl.Trainer, classifier: Any) -> Any:
