@@ -444,3 +444,61 @@ def test_a_killed_process_ends_the_others_in_one_line_and_the_run_goes_on(tmp_pa
 def children_of(pid: int) -> list[int]:
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in path.read_text().split()] if path.is_file() else []
+
+
+# Lightning gives FSDP the number of a GPU, where a CPU has none; all else is its strategy.
+SHARDED = """
+import sys
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import FSDPStrategy
+from timm.models.vision_transformer import Block
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from vision_attn.data.datamodule import ImageDataModule
+from vision_attn.training.module import Classifier
+from vision_attn.training.optim import OptimConfig
+
+
+class OnCPU(FSDPStrategy):
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+world, folder = int(sys.argv[1]), sys.argv[2]
+pl.seed_everything(0)
+data = ImageDataModule(
+    source="shapes", image_size=32, batch_size=16 // world, num_workers=0, crop_pct=1.0,
+    train_transforms=["HorizontalFlip"], options={"size": 32, "train": 64, "validation": 21, "test": 0},
+)
+model = Classifier(
+    "vit_tiny_patch16_224", num_classes=8, image_size=(32, 32),
+    options={"depth": 2, "embed_dim": 32, "num_heads": 2, "qkv_bias": False},
+    optim=OptimConfig(lr=0.002, layer_decay=0.8, weight_decay=0.3),
+)
+strategy = OnCPU(auto_wrap_policy={Block}, process_group_backend="gloo") if world > 1 else "auto"
+trainer = pl.Trainer(
+    max_epochs=1, accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_progress_bar=False,
+    enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=0.1,
+    callbacks=[ModelCheckpoint(dirpath=folder, filename="sharded")],
+)
+trainer.fit(model, data)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_trained_as_whole_ones(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    states = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), str(world), str(folder)]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        assert said.returncode == 0, said.stderr
+        states.append(torch.load(folder / "sharded.ckpt", weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-6, msg=name)

@@ -6,6 +6,7 @@ import timm.data.mixup
 import torch
 from torch.nn import functional as F
 
+from vision_attn.cli import main
 from vision_attn.data.mixing import MixingConfig, mix
 from vision_attn.errors import UsageError
 
@@ -143,3 +144,13 @@ def test_the_draw_depends_on_the_seed_alone_and_leaves_random_states():
 def test_shares_that_cannot_be_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         MixingConfig(**options)
+
+
+@pytest.mark.slow
+def test_what_the_config_refuses_is_told_in_one_line(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {source: shapes, options: {size: 16, train: 8, validation: 8}, mixing: {mixup_alpha: -1}}")
+    assert main(["data", "report", "--config", str(config)]) == 2
+    assert capsys.readouterr().err == (
+        "vision-attn: expected data.mixing.mixup_alpha of at least 0, got -1.0: 0 is none\n"
+    )

@@ -202,6 +202,8 @@ def test_whatever_a_method_does_the_network_is_left_in_mid_accumulation_as_it_wa
     watcher = WatchAttention(WatchConfig(method="careless", photos=2), tmp_path)
     watcher.check(trainer, module, trainer.datamodule)
     careless.fails = fails
+    # The trial has drawn at random, too.
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = copy.deepcopy(everything(trainer))
     watcher.on_train_start(trainer, module)
     assert_same(everything(trainer), before)
@@ -306,6 +308,7 @@ def test_the_chosen_epochs_are_drawn_and_the_last_one_where_nobody_chose(tmp_pat
     for epoch in range(3):
         trainer.global_step, trainer.current_epoch = 3 * (epoch + 1), epoch
         watcher.on_train_epoch_end(trainer, module)
+        assert list(drawn_epochs(watcher.folder)) == [one for one in drawn if one <= epoch + 1]
     trainer.current_epoch = 3
     watcher.on_train_end(trainer, module)
     assert list(drawn_epochs(watcher.folder)) == drawn
@@ -347,16 +350,16 @@ def test_pictures_go_to_tensorboard_and_to_every_logger_that_takes_them(tmp_path
 
 
 def test_a_large_photo_is_kept_small_and_its_geometry_with_it():
-    image = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), np.uint8)
-    geometry = Geometry.identity((1500, 2000)).resize((240, 320)).crop(8, 48, (224, 224))
+    image = np.random.default_rng(0).integers(0, 255, (1501, 2000, 3), np.uint8)
+    geometry = Geometry.identity((1501, 2000)).resize((240, 320)).crop(8, 48, (224, 224))
     small, placed = _reduced(image, geometry)
     assert small.shape == (480, 640, 3)
     # A point of the photo is where it was in the network's input.
     (a, b, c), (d, e, f) = geometry.matrix
-    for x, y in ((0, 0), (2000, 0), (1000, 1500)):
+    for x, y in ((0, 0), (2000, 0), (1000, 1501)):
         one = np.array([a * x + b * y + c, d * x + e * y + f])
         (p, q, r), (s, t, u) = placed.matrix
-        x, y = x * 640 / 2000, y * 480 / 1500
+        x, y = x * 640 / 2000, y * 480 / 1501
         np.testing.assert_allclose([p * x + q * y + r, s * x + t * y + u], one, atol=1e-9)
     assert _reduced(image[:300, :300], Geometry.identity((300, 300)))[0].shape == (300, 300, 3)
 

@@ -117,6 +117,11 @@ def is_sharded(module: Any) -> bool:
     return isinstance(module, nn.Module) and any(isinstance(part, kinds) for part in module.modules())
 
 
+def plain_name(name: str) -> str:
+    """Returns a parameter's name in the network as it was before FSDP put its parts into modules of its own."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 # Torch says it in many ways: gloo's and NCCL's errors, and those of the store through which processes meet.
 _LOST = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Ss]ocket [Tt]imeout|[Tt]imed out|NCCL (error|communicator)|"

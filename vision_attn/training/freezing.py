@@ -12,6 +12,7 @@ from vision_attn.errors import UsageError
 from vision_attn.layers.attach import attached_blocks
 from vision_attn.models.factory import classifier_names
 from vision_attn.registry import close_names
+from vision_attn.training.distributed import plain_name
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Tuning:
         """Sets which of the network's parameters want gradients in an epoch."""
         trained = self.trained(epoch)
         for name, parameter in network.named_parameters():
+            name = plain_name(name)
             parameter.requires_grad_(name in trained)
             if name not in trained:
                 # Otherwise the optimizer would go on with the gradient of the last time.
@@ -107,7 +109,7 @@ class Tuning:
     def line(self, network: nn.Module, epoch: int = 0) -> str:
         """Returns what is trained in an epoch and what is not, in words."""
         trained = self.trained(epoch)
-        sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        sizes = {plain_name(name): parameter.numel() for name, parameter in network.named_parameters()}
         count, total = sum(sizes[name] for name in trained), sum(sizes.values())
         frozen = some([name for name in sizes if name not in trained])
         return (

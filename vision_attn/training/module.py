@@ -23,7 +23,7 @@ from vision_attn.models.lora import LoraConfig, add_lora, merge_lora
 from vision_attn.training.distillation import Teacher, TeacherConfig
 from vision_attn.training.freezing import Tuning, TuningConfig, check_blocks_learn, some
 from vision_attn.training.losses import Loss, LossConfig, make_metrics, plain_losses, weighted_mean
-from vision_attn.training.optim import OptimConfig, create_optimizer, create_schedule
+from vision_attn.training.optim import OptimConfig, create_optimizer, create_schedule, find_groups, name_groups
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Classifier(pl.LightningModule):
         # What is frozen is in evaluation mode from the start.
         self.train()
 
-    optimizer_of_whole: Any = None
+    groups_of_whole: list[dict[str, Any]] | None = None
 
     @property
     def monitor(self) -> str:
@@ -260,7 +260,11 @@ class Classifier(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Groups the parameters while they have their shapes and names: sharded ones have neither."""
         if stage == "fit" and isinstance(self.trainer.strategy, FSDPStrategy):
-            self.optimizer_of_whole = create_optimizer(self.network, self.optim)
+            if self.tuning is not None and self.tuning.config.mode == "gradual":
+                raise UsageError(
+                    "expected a tuning.mode that stays as it is with strategy fsdp, got gradual: give another, or ddp"
+                )
+            self.groups_of_whole = name_groups(self.network, create_optimizer(self.network, self.optim))
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -277,7 +281,8 @@ class Classifier(pl.LightningModule):
         if self.tuning is not None:
             # All that will ever be trained is in the optimizer from the start: a run that goes on finds its state.
             self.tuning.apply(self.network, self.tuning.last_change)
-        optimizer = self.optimizer_of_whole or create_optimizer(self.network, self.optim)
+        groups = self.groups_of_whole and find_groups(self.network, self.groups_of_whole)
+        optimizer = create_optimizer(self.network, self.optim, groups=groups)
         if self.tuning is not None:
             self.tuning.apply(self.network, self.current_epoch)
         total = int(self.trainer.estimated_stepping_batches)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from vision_attn.errors import UsageError
 from vision_attn.registry import unknown
+from vision_attn.training.distributed import plain_name
 from vision_attn.training.freezing import layers_of
 
 SCHEDULES = ("constant", "cosine", "linear", "multistep", "none", "poly", "rsqrt", "step", "tanh", "wsd")
@@ -78,8 +79,16 @@ class OptimConfig:
                 raise unknown("option in model.optim.schedule_options", key, choices)
 
 
-def create_optimizer(network: nn.Module, config: OptimConfig) -> Optimizer:
-    """Returns the optimizer over the parameters that want gradients, in groups by layer and by weight decay."""
+def create_optimizer(
+    network: nn.Module, config: OptimConfig, *, groups: list[dict[str, Any]] | None = None
+) -> Optimizer:
+    """Returns the optimizer over the parameters that want gradients, in groups by layer and by weight decay.
+
+    With `groups` it is over these instead.
+    """
+    if groups is not None:
+        options = {"opt": config.name, "lr": config.lr, "weight_decay": config.weight_decay, **(config.options or {})}
+        return create_optimizer_v2(groups, **options)  # type: ignore[arg-type]
     decayed = config.layer_decay < 1
     numbers = {name: number for number, layer in enumerate(layers_of(network)) for name in layer} if decayed else {}
     try:
@@ -99,6 +108,21 @@ def create_optimizer(network: nn.Module, config: OptimConfig) -> Optimizer:
     finally:
         if decayed:
             del network.group_matcher
+
+
+def name_groups(network: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns an optimizer's groups with the names of their parameters in place of these."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return [{**group, "params": [names[id(one)] for one in group["params"]]} for group in optimizer.param_groups]
+
+
+def find_groups(network: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns groups with parameters in place of their names, from the same network sharded since.
+
+    FSDP puts flat parts into modules of its own: grouped now, all would be taken for biases, of no layer.
+    """
+    found = {plain_name(name): one for name, one in network.named_parameters()}
+    return [{**group, "params": [found[name] for name in group["params"]]} for group in groups]
 
 
 def _matcher(numbers: dict[str, int]) -> Callable[..., Callable[[str], int]]:

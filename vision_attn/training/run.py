@@ -115,6 +115,12 @@ def training_words() -> Iterator[None]:
             raise UsageError(f"expected options that go together, got: {reason}") from error
         except UnicodeDecodeError as error:
             raise UsageError(f"expected a config in UTF-8, got {error}: save it as UTF-8") from error
+        except ValueError as error:
+            # What a part that can be left out (data.mixing, model.lora) refuses, among all that jsonargparse has tried.
+            refused = re.search(r"Union subtypes.*?\n\s*- (expected .*?, got .*?)\n", str(error), re.DOTALL)
+            if isinstance(error, UsageError) or not refused:
+                raise
+            raise UsageError(re.sub(r"\s+", " ", refused.group(1))) from error
 
 
 class _Printer(logging.Handler):
