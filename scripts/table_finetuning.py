@@ -23,12 +23,14 @@ from rich.table import Table
 CONFIGS = Path(__file__).parents[1] / "configs"
 VIT, EFFNET = "finetune_clothing_vits14.yaml", "finetune_clothing_effnetlite0.yaml"
 
+FLAT = {"model.optim.layer_decay": 1.0}  # one learning rate for all layers
+
 # What a row has that its config has not. All train the whole network unless it says otherwise.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit_probe": (VIT, {"model.tuning": {"mode": "linear_probe"}, "model.optim.lr": 3e-3, "model.optim.layer_decay": 1.0}),
-    "vit_lora": (VIT, {"model.lora": {"rank": 8, "alpha": 16}, "model.optim.lr": 1e-3, "model.optim.layer_decay": 1.0}),
+    "vit_probe": (VIT, {"model.tuning": {"mode": "linear_probe"}, **FLAT, "model.optim.lr": 3e-3}),
+    "vit_lora": (VIT, {"model.lora": {"rank": 8, "alpha": 16}, **FLAT, "model.optim.lr": 1e-3}),
     "vit_layer_decay": (VIT, {}),
-    "vit_full": (VIT, {"model.optim.layer_decay": 1.0, "model.optim.lr": 5e-5}),
+    "vit_full": (VIT, {**FLAT, "model.optim.lr": 5e-5}),
     "effnet": (EFFNET, {}),
     "effnet_eca": (EFFNET, {"model.attention": {"name": "eca", "where": "stages"}}),
 }

@@ -466,7 +466,8 @@ def test_fit_says_what_it_took_and_validation_is_no_training(tmp_path, monkeypat
 
 
 def test_the_line_of_an_epoch_has_the_interval_of_its_accuracy(capsys):
-    classifier = SimpleNamespace(val_confusion=SimpleNamespace(update_called=True, compute=lambda: torch.tensor([[3, 1], [0, 4]])))
+    confusion = SimpleNamespace(update_called=True, compute=lambda: torch.tensor([[3, 1], [0, 4]]))
+    classifier = SimpleNamespace(val_confusion=confusion)
     values = {"val/top1": torch.tensor(7 / 8), "val/f1": torch.tensor(0.9)}
     trainer = SimpleNamespace(is_global_zero=True, callback_metrics=values, current_epoch=0, max_epochs=2)
     EpochLines().on_train_epoch_end(trainer, classifier)

@@ -1,6 +1,7 @@
 """`vision-attn data report|preview|pack`."""
 
 import argparse
+import sys
 from typing import Any
 
 from vision_attn.cli.values import positive
@@ -66,8 +67,23 @@ def _preview(options: argparse.Namespace) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from vision_attn.data.sources.packing import pack_shards
     from vision_attn.training.data_commands import open_data
 
-    print(pack_shards(open_data(options.config).source, options.out, max_megabytes=options.shard_mb).line)
+    data = open_data(options.config)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        tasks = {split: bar.add_task(split, total=len(images)) for split, images in data.splits.items()}
+        summary = pack_shards(
+            data.source,
+            options.out,
+            max_mb=options.shard_mb,
+            check=data.check_mode,
+            progress=lambda split, done, _: bar.update(tasks[split], completed=done),
+        )
+    for line in summary.lines():
+        print(line)
     return 0

@@ -88,7 +88,7 @@ def create_optimizer(
     """
     if groups is not None:
         options = {"opt": config.name, "lr": config.lr, "weight_decay": config.weight_decay, **(config.options or {})}
-        return create_optimizer_v2(groups, **options)  # type: ignore[arg-type]
+        return create_optimizer_v2(groups, **options)
     decayed = config.layer_decay < 1
     numbers = {name: number for number, layer in enumerate(layers_of(network)) for name in layer} if decayed else {}
     try:
