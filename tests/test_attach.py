@@ -642,8 +642,9 @@ def test_a_new_block_in_a_frozen_layer_is_refused_and_one_that_learned_is_not(tm
     thin = {"channels": [8, 8, 16, 16], "stem_width": 8}
     attention = {"name": "cbam", "where": "layer1"}
     arguments = {"num_classes": 3, "options": thin, "attention": attention, "freeze": ["layer1"]}
+    save_file(create_model("resnet10t", num_classes=3, **thin).state_dict(), tmp_path / "plain.safetensors")
     with pytest.raises(UsageError, match=r"which covers the new one at layer1\.0\.attached_cbam"):
-        Classifier("resnet10t", **arguments)
+        Classifier("resnet10t", checkpoint=str(tmp_path / "plain.safetensors"), **arguments)
     learned = woken(create_model("resnet10t", num_classes=3, attention=attention, **thin))
     save_file(learned.state_dict(), tmp_path / "w.safetensors")
     classifier = Classifier("resnet10t", checkpoint=str(tmp_path / "w.safetensors"), **arguments)

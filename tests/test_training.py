@@ -78,8 +78,10 @@ def test_fit_leaves_config_metrics_pictures_checkpoints_and_the_artefact(finishe
         "val_mistakes.png",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
+        "export/README.md",
         "export/config.json",
         "export/model.safetensors",
+        "export/samples.png",
     }
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["trainer"]["gradient_clip_val"] == 1.0
