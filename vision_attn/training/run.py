@@ -507,9 +507,10 @@ class TrainingCLI(LightningCLI):
                 if isinstance(error, UsageError):
                     raise
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                name = self.config[self.config.subcommand].model.name
                 raise UsageError(
-                    f"expected a network that takes {image.shape[2]} x {image.shape[3]} pixels, got {self.model.name}, "
-                    f"which fails: {reason}"
+                    f"expected a network that takes {image.shape[2]} x {image.shape[3]} pixels, got {name}, which "
+                    f"fails: {reason}"
                 ) from error
         if command == "fit":
             create_schedule(

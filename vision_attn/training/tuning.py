@@ -13,12 +13,12 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.tuner import Tuner
-from pytorch_lightning.utilities.seed import isolate_rng
 from rich.console import Console
 
 from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.errors import UsageError
 from vision_attn.training.module import Classifier
+from vision_attn.training.randomness import random_state_kept
 from vision_attn.viz.plots import TRAIN, VALIDATION, save_figure
 
 # Of the trainer's options, those that a step of training depends on.
@@ -215,7 +215,7 @@ def _as_before(classifier: Classifier) -> Any:
     """Puts weights, buffers and random numbers back, whatever happened in between."""
     state = {key: tensor.detach().clone() for key, tensor in classifier.state_dict().items()}
     wanted = [parameter.requires_grad for parameter in classifier.parameters()]
-    with isolate_rng():
+    with random_state_kept():
         classifier.searching = True
         try:
             yield

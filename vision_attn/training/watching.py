@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from pytorch_lightning.utilities.seed import isolate_rng
 from rich.console import Console
 from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
@@ -39,6 +38,7 @@ from vision_attn.files import new_folder, write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.registry import close_names, unknown
 from vision_attn.training.distributed import is_sharded
+from vision_attn.training.randomness import random_state_kept
 from vision_attn.viz.files import save_png
 from vision_attn.viz.movement import (
     SCALES,
@@ -688,17 +688,9 @@ def _method_options(methods: Sequence[str], options: Mapping[str, Any]) -> dict[
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Puts the random state of torch, CUDA, NumPy and Python back, whatever was drawn in between."""
-    failed: BaseException | None = None
-    with isolate_rng():
-        # Lightning's puts nothing back where an exception comes through it.
-        try:
-            with torch.inference_mode(False):
-                yield
-        except BaseException as error:
-            failed = error
-    if failed is not None:
-        raise failed
+    """Leaves random states as they are, and allows gradients where Lightning validates without."""
+    with random_state_kept(), torch.inference_mode(False):
+        yield
 
 
 def _evaluated(trainer: pl.Trainer, classifier: Any) -> Any:
