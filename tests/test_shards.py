@@ -239,6 +239,15 @@ def test_the_scan_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypa
     assert images.labels.tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
 
 
+def test_what_was_packed_keeps_its_index_when_another_label_is_asked_for(photos, tmp_path):
+    pack_shards(open_source("folder", photos), tmp_path / "out")
+    index = (tmp_path / "out" / "index.json").read_bytes()
+    # The label by name instead of by number.
+    images = open_source("wds", tmp_path / "out", options={"label": "json.class"}).splits["train"]
+    assert images.labels.tolist() == [0] * 9 + [1] * 9
+    assert (tmp_path / "out" / "index.json").read_bytes() == index
+
+
 def test_another_programs_index_stays_and_a_place_for_reading_only_is_read(tmp_path, monkeypatch):
     folder = write_foreign(tmp_path / "wds")
     (folder / "index.json").write_text('{"wids_version": 1}')
@@ -294,7 +303,8 @@ def test_shards_that_cannot_be_used_are_told(photos, tmp_path):
     content = file.read_bytes()
     with tarfile.open(file) as tar:
         last = tar.getmembers()[-1]
-    for size in (len(content) // 3, last.offset_data + 100, last.offset_data + 512):
+    # In the middle, in the last photo, and between it and the blocks that end an archive.
+    for size in (len(content) // 3, last.offset_data + 100, last.offset_data + -(-last.size // 512) * 512):
         file.write_bytes(content[:size])
         refused(whole, "a whole tar file at", "train-0002.tar, got one cut short")
 
