@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vision_attn.attribution.base import METHODS, check_gradients, frozen, logits_of
 from vision_attn.errors import UsageError
+from vision_attn.metrics.baselines import fill
 from vision_attn.registry import unknown
 
 Baseline = Literal["mean", "black", "blur"]
@@ -170,12 +170,8 @@ def _baseline(model: nn.Module, images: Tensor, baseline: str) -> Tensor:
     """Returns what stands for no image, (B, 3, H, W), normalised as the images are."""
     if baseline not in get_args(Baseline):
         raise unknown("baseline", str(baseline), get_args(Baseline))
-    if baseline == "mean":
-        return torch.zeros_like(images)
-    if baseline == "blur":
-        return _blurred(images, max(images.shape[-2:]) / 10)
-    mean, std = (images.new_tensor(value)[:, None, None] for value in _normalisation(model))
-    return (-mean / std).expand_as(images).clone()
+    mean, std = _normalisation(model) if baseline == "black" else (None, None)
+    return fill(images, baseline, mean=mean, std=std)
 
 
 def _normalisation(model: nn.Module) -> tuple[Any, Any]:
@@ -190,17 +186,3 @@ def _normalisation(model: nn.Module) -> tuple[Any, Any]:
         f"expected a model that carries the mean and deviation of its pixels for baseline 'black', got "
         f"{type(model).__name__}: use 'mean' or 'blur', or set model.preprocessing"
     )
-
-
-def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """Returns images under a Gaussian of `sigma` pixels, cut at 3 sigma; the border is reflected."""
-    for axis in (-2, -1):
-        length = images.shape[axis]
-        radius = min(int(3 * sigma), length - 1)
-        x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-        kernel = torch.exp(-x.square() / (2 * sigma**2))
-        kernel = (kernel / kernel.sum()).view((1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1))
-        padding = (0, 0, radius, radius) if axis == -2 else (radius, radius, 0, 0)
-        padded = F.pad(images, padding, mode="reflect")
-        images = F.conv2d(padded, kernel.expand(images.shape[1], 1, -1, -1), groups=images.shape[1])
-    return images

@@ -83,7 +83,7 @@ def _explain(options: argparse.Namespace) -> int:
     from vision_attn.look import explain_photos
     from vision_attn.look.sharing import Share
 
-    given = dict(_option(text) for text in options.option)
+    given = dict(method_option(text) for text in options.option)
     rank, world, local_rank = _place()
     if world > 1 and not options.out:
         raise UsageError(
@@ -160,7 +160,7 @@ def _told(looked: Any) -> list[str]:
     return lines
 
 
-def _option(text: str) -> tuple[str, Any]:
+def method_option(text: str) -> tuple[str, Any]:
     """Returns the name and the value of NAME=VALUE; the value as YAML would read it."""
     import yaml
 

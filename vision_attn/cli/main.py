@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from vision_attn import __version__
 from vision_attn.cli.compare import add_compare
 from vision_attn.cli.data import add_data
+from vision_attn.cli.evaluate import add_evaluate
 from vision_attn.cli.explain import add_explain
 from vision_attn.cli.export import add_export
 from vision_attn.cli.layers import add_layers
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     add_predict(commands)
     add_explain(commands)
+    add_evaluate(commands)
     add_export(commands)
     add_compare(commands)
     add_data(commands)

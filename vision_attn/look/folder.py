@@ -273,15 +273,8 @@ class _Plan:
 
 def _settings(model: nn.Module, methods: Mapping[str, Mapping[str, Any]], plan: _Plan) -> dict[str, Any]:
     """Returns all that the pictures depend on, as JSON gives it back."""
-    # What a model was told after it was built: neither weights nor config have it.
-    merged = [list(found) for part in model.modules() if (found := getattr(part, "merged_tokens", ()))]
     settings = {
-        "model": {
-            "weights": _fingerprint(model),
-            "classes": list(getattr(model, "classes", None) or ()),
-            "preprocessing": model.preprocessing.to_dict(),  # type: ignore[operator, union-attr]
-            **({"merged_tokens": merged} if merged else {}),
-        },
+        "model": model_settings(model),
         "methods": methods,
         "targets": plan.targets,
         "style": plan.style,
@@ -291,6 +284,18 @@ def _settings(model: nn.Module, methods: Mapping[str, Mapping[str, Any]], plan: 
         "raw": plan.raw,
     }
     return json.loads(json.dumps(settings, default=str))
+
+
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """Returns what tells a model from others: a fingerprint of its weights, classes, preprocessing, merged tokens."""
+    # What a model was told after it was built: neither weights nor config have it.
+    merged = [list(found) for part in model.modules() if (found := getattr(part, "merged_tokens", ()))]
+    return {
+        "weights": _fingerprint(model),
+        "classes": list(getattr(model, "classes", None) or ()),
+        "preprocessing": model.preprocessing.to_dict(),  # type: ignore[operator, union-attr]
+        **({"merged_tokens": merged} if merged else {}),
+    }
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -332,7 +337,7 @@ class _Index:
 
     def _go_on(self) -> None:
         plan, share = self.plan, self.plan.share
-        _check_settings(plan.out, self.settings)
+        check_settings(plan.out, self.settings)
         refuse_others(plan.out, share)
         if share.is_all:
             self.rows = _rewritten(plan, [plan.out / INDEX_FILE, *indices_of_processes(plan.out)])
@@ -418,11 +423,11 @@ class _Index:
             forget_processes(plan.out)
 
 
-def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(out: Path, settings: Mapping[str, Any], *, what: str = "the overlays") -> None:
     """Raises a `UsageError` where a folder is something else's, or was begun with other settings."""
     if not (out / SETTINGS_FILE).is_file():
         raise UsageError(
-            f"expected a new folder for the overlays or one to go on with, got {out}, which exists and holds something "
+            f"expected a new folder for {what} or one to go on with, got {out}, which exists and holds something "
             "else: choose another with --out"
         )
     try:

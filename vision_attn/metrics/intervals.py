@@ -1,7 +1,8 @@
 """How sure a measured share is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -32,7 +33,7 @@ def wilson_interval(correct: int, total: int, *, z: float = 1.959964) -> tuple[f
 
     Example:
         >>> [round(end, 4) for end in wilson_interval(310, 372)]
-        [0.7921, 0.8679]
+        [0.7921, 0.8678]
     """
     if total < 1 or not 0 <= correct <= total:
         raise UsageError(f"expected 0 <= correct <= total and total of at least 1, got {correct} of {total}")
@@ -99,3 +100,98 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
         term = term * (n - i) // (i + 1)
     # Whole numbers: 2^n leaves the range of floats at n = 1024.
     return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over photos, and how sure it is.
+
+    Attributes:
+        mean: NaN where there are no values.
+        low: Lower end of the percentile bootstrap interval; NaN below two values.
+        high: Upper end.
+        count: How many photos have a value.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def bootstrap_mean(values: Tensor, *, draws: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+    """Returns the mean of one value a photo with its percentile bootstrap interval (Efron 1979), photos drawn anew.
+
+    Args:
+        values: (n,); NaN where a photo has none: it is left out and not counted.
+        draws: How many samples of n photos are drawn.
+        seed: Of the draws.
+        level: The share of samples between the ends.
+
+    Example:
+        >>> found = bootstrap_mean(torch.tensor([0.0, 1.0, 1.0, float("nan")]))
+        >>> round(found.mean, 3), found.count
+        (0.667, 3)
+    """
+    values = values.double()[~torch.isnan(values)]
+    count = len(values)
+    if count < 2:
+        return Estimate(float(values.mean()) if count else math.nan, math.nan, math.nan, count)
+    # Every photo is a kind of its own.
+    ((low, high),) = bootstrap_intervals(
+        lambda drawn: (drawn.double() @ values / count)[:, None],
+        torch.ones(count, dtype=torch.int64),
+        draws=draws,
+        seed=seed,
+        level=level,
+    )
+    return Estimate(float(values.mean()), low, high, count)
+
+
+def sign_flip_test(differences: Tensor, *, draws: int = 10_000, seed: int = 0) -> float:
+    """Returns the two-sided p-value of the paired permutation test of "the mean difference is 0" (Fisher 1935).
+
+    If two ways are equally good on each photo, the sign of each difference is a toss of a fair coin. p is the share of
+    the 2^n ways to toss whose mean is at least as far from 0: all of them where there are no more than `draws`, else
+    (1 + those among `draws` random ones) / (1 + draws).
+
+    Args:
+        differences: (n,), one a photo; NaN is left out.
+        draws: How many tosses.
+        seed: Of the tosses.
+
+    Example:
+        >>> sign_flip_test(torch.tensor([1.0, 2.0, 3.0]))
+        0.25
+    """
+    values = differences.double()[~torch.isnan(differences)]
+    count = len(values)
+    if not count:
+        return math.nan
+    exact = 2**count <= draws
+    if exact:
+        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * count).view(-1, count)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (draws, count), generator=generator).double() * 2 - 1
+    # Sums that are equal on paper differ in the last place.
+    reached = abs(float(values.sum())) * (1 - 1e-12)
+    beyond = int(((signs @ values).abs() >= reached).sum())
+    return beyond / len(signs) if exact else (1 + beyond) / (1 + draws)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values adjusted for how many tests were made (Holm 1979), in the order given; NaN counts as no test.
+
+    The k-th smallest of m is multiplied with m - k + 1, and none may fall below the one before it.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, floor = [math.nan] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        floor = max(floor, min(1.0, (len(order) - place) * p_values[index]))
+        adjusted[index] = floor
+    return adjusted
