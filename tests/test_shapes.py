@@ -191,7 +191,7 @@ def test_a_folder_whose_writing_fails_is_not_there(tmp_path: Path, monkeypatch: 
     def fail(path: Path, pixels: np.ndarray) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(shapes, "_write_png", fail)
+    monkeypatch.setattr(shapes, "write_png", fail)
     with pytest.raises(OSError, match="No space"):
         write_image_folder(tmp_path / "shapes", train=8, val=8, size=16)
     assert not list(tmp_path.iterdir())

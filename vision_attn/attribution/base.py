@@ -253,7 +253,7 @@ def explain(
         probabilities=probabilities.gather(-1, chosen.view(len(images), -1)).view_as(chosen),
         layout=layout if takes_layout else None,
         geometry=geometry,
-        versions=library_versions(),
+        versions=_versions(),
         classes=names,
     )
 
@@ -681,7 +681,7 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def library_versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Returns the versions of the libraries that take part in an explanation and are loaded."""
     names = ("vision_attn", "torch", "timm", "transformers", "torchvision", "captum")
     return {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}

@@ -65,8 +65,9 @@ def add_evaluate(commands: Any) -> None:
     )
     parser.add_argument(
         "--baseline",
-        default="blur",
-        help="what stands where pixels were removed: blur (default), mean, own_mean, noise, black",
+        default="own_mean",
+        help="what stands where pixels were removed: own_mean (default: the photo's mean "
+        "colour), mean, blur, noise, black",
     )
     parser.add_argument(
         "--precision",

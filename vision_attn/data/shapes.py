@@ -16,8 +16,8 @@ before it, and the splits share no stream.
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +38,8 @@ SPLITS = ("train", "val", "test")
 SMALLEST_SIDE = 16
 
 _LAYERS = ("background", "object", "foreground", "camera")
+# The last draws what is planted: a tag's class, the second of two objects (`vision_attn.data.planted`).
+_STREAMS = (*_LAYERS, "planted")
 # Outlines are filled at this many times the resolution, then averaged: exact coverage to 1/64, the same on any machine.
 _SUPERSAMPLING = 8
 # OpenCV's fixed-point coordinates: four binary digits. They round away what libm and SIMD may differ in.
@@ -97,24 +99,63 @@ def draw(
         >>> picture.image.shape, picture.mask.shape, SHAPES[picture.label]
         ((48, 64, 3), (48, 64), 'square')
     """
-    height, width = _check_size(size)
-    _check_count("an index", index)
-    _check_count("a seed", seed)
-    if split not in SPLITS:
-        raise UsageError(f"expected a split among {', '.join(SPLITS)}, got {split!r}: choose one of these")
     label = index % len(SHAPES) if label is None else label
-    if not 0 <= label < len(SHAPES):
-        raise UsageError(f"expected a label from 0 to {len(SHAPES) - 1}, got {label}: choose an index into SHAPES")
-
-    background, placing, foreground, camera = (
-        Generator(PCG64(SeedSequence(seed, spawn_key=(SPLITS.index(split), index, layer))))
-        for layer in range(len(_LAYERS))
-    )
-    picture = _background(background, height, width)
-    mask = _paint_object(picture, label, _random_pose(placing, height, width), placing)
-    mask &= ~_paint_foreground(picture, foreground)
-    _add_noise(picture, camera)
+    picture, (mask,) = compose(index, (label,), seed=seed, split=split, size=size)
     return ShapeImage(picture, mask, label)
+
+
+def compose(
+    index: int,
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    split: str = "train",
+    size: int | tuple[int, int] = 64,
+    keep_free: tuple[slice, slice] | None = None,
+    overlay: Callable[[np.ndarray], None] | None = None,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The picture of one object or two, (H, W, 3) uint8, with the mask of each, (H, W) bool.
+
+    It is what `draw` draws, with room for evidence that is planted: see `vision_attn.data.planted`.
+
+    Args:
+        index: which image, from 0.
+        labels: the outline of one object, or of two, which stand apart and are smaller (a radius of 0.20 to 0.24 of
+            the short side, where one alone has 0.21 to 0.34).
+        seed: which data set, from 0.
+        split: "train", "val" or "test".
+        size: side, or (height, width), in pixels; at least 16.
+        keep_free: rows and columns at one corner, where no object may reach: one that would is moved to the point
+            opposite, through the picture's centre.
+        overlay: what paints over all, in place, before the camera's noise.
+
+    Raises:
+        UsageError: as `draw`.
+    """
+    height, width = check_size(size)
+    check_count("an index", index)
+    check_count("a seed", seed)
+    check_split(split)
+    for label in labels:
+        if not 0 <= label < len(SHAPES):
+            raise UsageError(f"expected a label from 0 to {len(SHAPES) - 1}, got {label}: choose an index into SHAPES")
+
+    background, placing, foreground, camera = (stream(index, seed, split, layer) for layer in _LAYERS)
+    picture = _background(background, height, width)
+    poses = _apart(placing, height, width) if len(labels) == 2 else [_random_pose(placing, height, width)]
+    if keep_free is not None:
+        poses = [_out_of(keep_free, pose, height, width) for pose in poses]
+    masks = [_paint_object(picture, label, pose, placing) for label, pose in zip(labels, poses, strict=True)]
+    hidden = _paint_foreground(picture, foreground)
+    if overlay is not None:
+        overlay(picture)
+    _add_noise(picture, camera)
+    return picture, [mask & ~hidden for mask in masks]
+
+
+def stream(index: int, seed: int, split: str, layer: str) -> Generator:
+    """The random stream of one layer of one image."""
+    return Generator(PCG64(SeedSequence(seed, spawn_key=(SPLITS.index(split), index, _STREAMS.index(layer)))))
 
 
 class ShapesDataset(torch.utils.data.Dataset):
@@ -151,11 +192,11 @@ class ShapesDataset(torch.utils.data.Dataset):
         seed: int = 0,
         preload: bool = False,
     ) -> None:
-        _check_count("a number of images", length)
+        check_count("a number of images", length)
         draw(0, seed=seed, split=split, size=size)  # wrong options are told here, not in a worker process
         self.classes = list(SHAPES)
         self.targets = [index % len(SHAPES) for index in range(length)]
-        self.split, self.size, self.seed = split, _check_size(size), seed
+        self.split, self.size, self.seed = split, check_size(size), seed
         self._images = self._masks = None
         if preload:
             images = np.empty((length, *self.size, 3), np.uint8)
@@ -213,13 +254,7 @@ def write_image_folder(
         UsageError: the folder exists, no image is asked for, a split is too small to show each class, or as `draw`.
     """
     path = Path(path)
-    lengths = dict(zip(SPLITS, (train, val, test), strict=True))
-    for split, length in lengths.items():
-        _check_count(f"a number of {split} images", length)
-        if 0 < length < len(SHAPES):
-            raise UsageError(f"expected at least {len(SHAPES)} {split} images, one a class, got {length}: ask for more")
-    if not any(lengths.values()):
-        raise UsageError("expected at least one image to write, got none: ask for some train, val or test images")
+    lengths = check_lengths(train=train, val=val, test=test)
     if os.path.lexists(path):
         raise UsageError(f"expected a new folder, got {path}, which exists: name another or remove it")
 
@@ -229,21 +264,40 @@ def write_image_folder(
     return path
 
 
+def check_lengths(**lengths: int) -> dict[str, int]:
+    """The number of images of each split, if a folder can be written of them."""
+    for split, length in lengths.items():
+        check_count(f"a number of {split} images", length)
+        if 0 < length < len(SHAPES):
+            raise UsageError(f"expected at least {len(SHAPES)} {split} images, one a class, got {length}: ask for more")
+    if not any(lengths.values()):
+        raise UsageError("expected at least one image to write, got none: ask for some train, val or test images")
+    return lengths
+
+
 def _write_split(root: Path, dataset: ShapesDataset) -> None:
     for index, label in enumerate(dataset.targets):
         drawn = dataset._draw(index)
         name = Path(dataset.split, dataset.classes[label], f"{index:06d}.png")
-        _write_png(root / name, cv2.cvtColor(drawn.image, cv2.COLOR_RGB2BGR))
-        _write_png(root / "masks" / name, drawn.mask.astype(np.uint8) * 255)
+        write_png(root / name, cv2.cvtColor(drawn.image, cv2.COLOR_RGB2BGR))
+        write_png(root / "masks" / name, drawn.mask.astype(np.uint8) * 255)
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Writes grey values or BGR, and makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not cv2.imwrite, which answers a full disk with False.
     path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 
-def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+def check_split(split: str) -> None:
+    """Refuses what is not in `SPLITS`."""
+    if split not in SPLITS:
+        raise UsageError(f"expected a split among {', '.join(SPLITS)}, got {split!r}: choose one of these")
+
+
+def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a side or of (height, width)."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2:
         raise UsageError(f"expected a side or (height, width) in pixels, got {size!r}: give one or two numbers")
@@ -253,7 +307,8 @@ def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _check_count(what: str, number: int) -> None:
+def check_count(what: str, number: int) -> None:
+    """Refuses a number below 0."""
     if number < 0:
         raise UsageError(f"expected {what} from 0, got {number}: give a number that is not negative")
 
@@ -317,6 +372,33 @@ def _random_pose(rng: Generator, height: int, width: int) -> _Pose:
     x, y = (0.5 - 0.5 * math.cos(math.pi * turn) for turn in rng.random(2))
     rotation = rng.uniform(0, 2 * math.pi)
     return _Pose(radius + x * (width - 2 * radius), radius + y * (height - 2 * radius), radius, rotation)
+
+
+def _apart(rng: Generator, height: int, width: int) -> list[_Pose]:
+    """Two places: the squares around the two circles, in which colours are chosen, share no pixel."""
+    short = min(height, width)
+    while True:
+        # Radii too are drawn anew: two of the largest may not find room in a picture of 16 pixels.
+        radii = short * rng.uniform(0.20, 0.24, 2)
+        turns = rng.random((2, 2))
+        xs, ys = (
+            radii + (0.5 - 0.5 * np.cos(math.pi * turn)) * (side - 2 * radii)
+            for turn, side in zip(turns, (width, height), strict=True)
+        )
+        rotations = rng.uniform(0, 2 * math.pi, 2)
+        if max(abs(xs[0] - xs[1]), abs(ys[0] - ys[1])) >= radii.sum() + 1:
+            return [_Pose(*map(float, pose)) for pose in zip(xs, ys, radii, rotations, strict=True)]
+
+
+def _out_of(part: tuple[slice, slice], pose: _Pose, height: int, width: int) -> _Pose:
+    """The pose, or where its circle reaches into a part of the picture, the one opposite."""
+    rows, columns = part
+    down = pose.y - min(max(pose.y, rows.start), rows.stop)
+    across = pose.x - min(max(pose.x, columns.start), columns.stop)
+    # One more pixel: the rim is blended.
+    if math.hypot(across, down) >= pose.radius + 1:
+        return pose
+    return replace(pose, x=width - pose.x, y=height - pose.y)
 
 
 def _paint_object(picture: np.ndarray, label: int, pose: _Pose, rng: Generator) -> np.ndarray:

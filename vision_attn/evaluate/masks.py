@@ -380,7 +380,7 @@ def _read_object(one: ElementTree.Element) -> tuple[str, Box]:
         )
     except ValueError as error:
         raise _UnreadableError(f"an object {name!r} without a box of four numbers") from error
-    if not (0 <= left <= right < np.inf and 0 <= top <= bottom < np.inf):
+    if not (0 <= left <= right < np.inf and 0 <= top <= bottom < np.inf and right > 0 and bottom > 0):
         raise _UnreadableError(f"a box for {name!r} from {left:g}, {top:g} to {right:g}, {bottom:g}")
     # Tools that count from 0 write a 0 here.
     return name, (max(left - 1, 0.0), max(top - 1, 0.0), right, bottom)

@@ -4,15 +4,18 @@ import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vision_attn import __version__
 from vision_attn.attribution import METHODS
-from vision_attn.attribution.base import Method, explain, library_versions
+from vision_attn.attribution.base import Method, explain
 from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.evaluate.attention_health import AttentionHealth, attention_health
@@ -122,7 +125,7 @@ def evaluate_photos(
         model,
         given,
         protocol,
-        layout=model.layout,  # type: ignore[arg-type]
+        layout=getattr(model, "layout", None),
         mean=preprocessing.mean,
         std=preprocessing.std,
         batch_size=batch_size,
@@ -221,7 +224,7 @@ def evaluate_explanations(
         fractions=scorer.fractions,
         sanity=sanity,
         seed=protocol.seed,
-        settings={"methods": scorer.methods, "protocol": protocol.to_dict(), "versions": library_versions()},
+        settings={"methods": scorer.methods, "protocol": protocol.to_dict(), "versions": installed_versions()},
         remarks=remarks,
     )
 
@@ -304,6 +307,15 @@ def _split_methods(
     return [method for method in methods if isinstance(method, str)], functions
 
 
+def installed_versions() -> dict[str, str]:
+    """Returns the versions of the libraries that numbers can depend on, whether or not they are loaded yet."""
+    found = {"vision_attn": __version__}
+    for name in ("torch", "torchvision", "timm", "transformers", "captum", "albumentations", "opencv-python-headless"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _one_target(target: str | int | None, classes: Sequence[str]) -> tuple[int | None, ...]:
     found = find_targets(target, classes)
     if len(found) > 1:
@@ -329,7 +341,7 @@ def _settings(
         "target": "predicted" if target is None else model.classes[target],  # type: ignore[index]
         "masks": None if masks is None else [str(masks), mask_set.kind if mask_set else ""],
         "photos": [str(path) for path in photos],
-        "versions": library_versions(),
+        "versions": installed_versions(),
     }
     return json.loads(json.dumps(settings, default=str))
 

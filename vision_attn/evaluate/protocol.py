@@ -71,7 +71,7 @@ JUDGED = ("deletion", "insertion", "saco")
 """The faithfulness metrics that the verdict counts; the perturbations are the same curves seen otherwise."""
 
 JUDGED_WITH_MASKS = ("pointing_game", "mass_in_mask", "average_precision")
-"""The localisation metrics that it counts besides where there are masks."""
+"""The localisation metrics that it reports besides where there are masks."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class Protocol:
         steps: Steps of deletion and insertion; a photo and a map cost at most 2 x steps forward passes.
         groups: Groups of SaCo; a photo and a map cost as many forward passes.
         cells: (rows, columns) of the blocks that are removed whole; None for the model's patches, else 14 x 14.
-        baseline: What stands where pixels were removed, one of `metrics.baselines.BASELINES`; in SaCo it is always the
-            photo's own mean colour, as in its paper.
+        baseline: What stands where pixels were removed, one of `metrics.baselines.BASELINES`. By default the photo's
+            mean colour, which leaves nothing of them: a blur leaves their colour, and a model that reads a colour is
+            not seen to lose it. In SaCo it is always that, as in its paper.
         precision: Of the forward passes on photos in parts; "auto" is bfloat16 where the processor multiplies
             bfloat16 matrices itself, else float32. The maps themselves are always made in the model's own precision.
         sanity_photos: How many photos, the first ones, the maps are made of once more: with randomised weights, and
@@ -94,7 +95,7 @@ class Protocol:
     steps: int = 10
     groups: int = 10
     cells: tuple[int, int] | None = None
-    baseline: str = "blur"
+    baseline: str = "own_mean"
     precision: Precision = "auto"
     sanity_photos: int = 8
     seed: int = 0

@@ -21,7 +21,7 @@ LEVEL = 0.05
 UNCHANGED = 0.9
 """Maps whose rank correlation with the trained model's is above this when all weights are random ignore the weights."""
 
-_PLACE_EFFECT = 0.2
+_PLACE_EFFECT = 0.1
 _DRAWS = 2000
 
 
@@ -149,7 +149,8 @@ def summarize(
     values = _values(photos, methods)
     metrics = tuple(name for name in METRICS if any(not bool(values[method, name].isnan().all()) for method in methods))
     cells = _cells(values, asked, controls, metrics, seed)
-    judged = tuple(name for name in (*JUDGED, *JUDGED_WITH_MASKS) if name in metrics)
+    judged = tuple(name for name in JUDGED if name in metrics)
+    located = tuple(name for name in JUDGED_WITH_MASKS if name in metrics)
     order = _ranking(cells, asked, judged, sanity)
     places = find_places(photos, seed=seed)
     failed = {
@@ -170,7 +171,11 @@ def summarize(
         sanity=sanity,
         failed=failed,
         photos=len(photos),
-        verdict=_verdict(cells, order, judged, recommended, sanity, places, len(photos)),
+        verdict=(
+            _which(cells, order, judged, recommended, len(photos)),
+            _how_far(cells, recommended or next(iter(order), None), (*judged, *located)),
+            _not_trusted(cells, order, judged, located, recommended, sanity, places),
+        ),
         remarks=(*remarks, *_remarks(photos, failed, cells, asked, judged)),
         recommended=recommended,
         settings=settings or {},
@@ -225,7 +230,8 @@ def _ranking(
 ) -> tuple[str, ...]:
     """Returns the methods, the best first: by metrics won against the controls less those lost, then by mean place.
 
-    Methods whose maps stay when the weights are random come last.
+    Only faithfulness counts: where a model does not look at the object, a true map does not lie on it. Methods whose
+    maps stay when the weights are random come last.
     """
     places: dict[str, list[int]] = {name: [] for name in asked}
     for metric in judged:
@@ -300,7 +306,7 @@ def _agreement(photos: Sequence[Judged]) -> dict[tuple[str, str], float]:
 def find_places(photos: Sequence[Judged], *, seed: int = 0) -> Places:
     """Returns what hiding fixed places does, and whether one of them is what the model reads.
 
-    A place is named where hiding it takes at least 0.2 of the class's probability on average (the lower end of the
+    A place is named where hiding it takes at least 0.1 of the class's probability on average (the lower end of the
     interval), twice as much as any other place, on photos whose object is known to be elsewhere; where no masks say so,
     the centre, where objects usually are, is never named.
     """
@@ -324,23 +330,6 @@ def find_places(photos: Sequence[Judged], *, seed: int = 0) -> Places:
 
 
 # ------------------------------------------------------------------------------------------------ words
-
-
-def _verdict(
-    cells: Mapping[tuple[str, str], Cell],
-    order: Sequence[str],
-    judged: Sequence[str],
-    recommended: str | None,
-    sanity: Sanity | None,
-    places: Places,
-    photos: int,
-) -> tuple[str, str, str]:
-    """Returns the three sentences."""
-    return (
-        _which(cells, order, judged, recommended, photos),
-        _how_far(cells, recommended or next(iter(order), None), judged),
-        _not_trusted(cells, order, judged, sanity, places),
-    )
 
 
 def _which(
@@ -388,6 +377,8 @@ def _not_trusted(
     cells: Mapping[tuple[str, str], Cell],
     order: Sequence[str],
     judged: Sequence[str],
+    located: Sequence[str],
+    recommended: str | None,
     sanity: Sanity | None,
     places: Places,
 ) -> str:
@@ -400,6 +391,12 @@ def _not_trusted(
             f"probability ({effect.low:.2f} to {effect.high:.2f}"
             + (f", on {effect.count} photos whose object is elsewhere)" if places.object_effect else ")")
             + (f", hiding the object {places.object_effect.mean:.2f}" if places.object_effect else "")
+        )
+    off = [metric for metric in located if recommended and cells[recommended, metric].verdict == "worse"]
+    if recommended and off:
+        parts.append(
+            f"that the model looks at what the masks show ({recommended}, which is faithful, lies less there than the "
+            f"best control does in {_listed(off)})"
         )
     for name in order:
         reasons = []

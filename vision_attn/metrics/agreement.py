@@ -17,9 +17,10 @@ _SMALLEST = 32
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Returns Spearman's rank correlation of each pair of maps, (B,), in [-1, 1]; NaN where one of them is constant.
+    """Returns Spearman's rank correlation of each pair of maps, (B,), in [-1, 1].
 
-    Pearson's correlation of the ranks; equal values share the mean of their ranks (Spearman 1904).
+    Pearson's correlation of the ranks; equal values share the mean of their ranks (Spearman 1904). NaN where one of the
+    two is constant, for it has no order, or holds NaN or infinity.
 
     Args:
         a: (B, h, w).
@@ -37,7 +38,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     first, second = (_ranks(maps.flatten(1)) for maps in (a, b))
     first, second = first - first.mean(-1, keepdim=True), second - second.mean(-1, keepdim=True)
     norm = (first.square().sum(-1) * second.square().sum(-1)).sqrt()
-    return ((first * second).sum(-1) / norm.where(norm > 0, torch.nan)).clamp(-1, 1).float()
+    found = ((first * second).sum(-1) / norm).clamp(-1, 1).float()
+    return found.masked_fill(_says_nothing(a) | _says_nothing(b), torch.nan)
 
 
 def _ranks(rows: Tensor) -> Tensor:
@@ -49,11 +51,15 @@ def _ranks(rows: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the structural similarity of each pair of maps, (B,), at most 1; NaN where one of them is constant.
+    """Returns the structural similarity of each pair of maps, (B,), at most 1; NaN as in `rank_correlation`.
 
-    Wang et al. 2004, with its Gaussian window of 11 pixels, computed by torchmetrics. Each map is scaled to [0, 1]
-    first, as in Adebayo et al. 2018: what is compared are pictures, not magnitudes. Maps of fewer than 32 cells a side
-    are enlarged to that (bilinear), as they are when they are drawn: the window does not fit into a 7 x 7 map.
+    With a Gaussian window of 11 pixels (sigma 1.5), by torchmetrics. Each map is scaled to [0, 1] first: what is
+    compared are pictures, not magnitudes. Maps of fewer than 32 cells a side are enlarged to that (bilinear), as they
+    are when they are drawn, for the window does not fit into a 7 x 7 map. So only values of maps on one grid are to be
+    compared with each other.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 2004;
+    for maps Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018.
 
     Args:
         a: (B, h, w).
@@ -69,8 +75,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     )
     found = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
     assert isinstance(found, Tensor)
-    constant = (a.flatten(1).amax(-1) == a.flatten(1).amin(-1)) | (b.flatten(1).amax(-1) == b.flatten(1).amin(-1))
-    return found.view(len(a)).masked_fill(constant, torch.nan)
+    return found.view(len(a)).masked_fill(_says_nothing(a) | _says_nothing(b), torch.nan)
 
 
 def _to_unit(maps: Tensor) -> Tensor:
@@ -84,17 +89,40 @@ def agreement(maps: Mapping[str, Tensor], *, cells: tuple[int, int] = (14, 14)) 
 
     Args:
         maps: By method, (B, h, w) of the same images; sizes may differ from method to method.
-        cells: The grid on which they are compared.
+        cells: The grid on which they are compared: means where a map is finer, interpolated where it is coarser. Choose
+            none finer than the coarsest map, or its interpolation is compared with what others measured there.
+
+    Returns:
+        The names in the order given; the mean over the images for which both maps have an order, NaN where none has.
+
+    Raises:
+        UsageError: there are no maps, not as many of each method, or a value is not finite.
+
+    Example:
+        >>> one = torch.arange(16.0).view(1, 4, 4)
+        >>> agreement({"rollout": one, "random": -one}, cells=(4, 4))[1]
+        tensor([[ 1., -1.],
+                [-1.,  1.]])
     """
     if len({len(found) for found in maps.values()}) != 1:
         raise UsageError(
-            f"expected as many maps of each method, got { {name: len(found) for name, found in maps.items()} }"
+            f"expected as many maps of each method, got { {name: len(found) for name, found in maps.items()} }: "
+            "make them of the same images"
         )
     rows = [cell_scores(found, cells).unflatten(-1, cells) for found in maps.values()]
     table = [[float(rank_correlation(one, other).nanmean()) for other in rows] for one in rows]
     return tuple(maps), torch.tensor(table)
 
 
+def _says_nothing(maps: Tensor) -> Tensor:
+    """Returns which maps have no order, (B,) booleans: constant ones and such that are not finite."""
+    rows = maps.flatten(1)
+    return (rows.amax(-1) == rows.amin(-1)) | ~rows.isfinite().all(-1)
+
+
 def _check_pair(a: Tensor, b: Tensor) -> None:
-    if a.dim() != 3 or a.shape != b.shape:
-        raise UsageError(f"expected two sets of maps (B, h, w) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dim() != 3 or a.shape != b.shape or 0 in a.shape[1:]:
+        raise UsageError(
+            f"expected two sets of maps (B, h, w) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}: bring them "
+            "to one grid"
+        )
