@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("shared", type=Path, help="folder with data and weights")
     parser.add_argument("page", type=Path, help="the page to write")
     parser.add_argument("--work", type=Path, default=Path("runs/which"), help="where the numbers are kept (runs/which)")
-    parser.add_argument("--samples", type=int, default=30, help="photos a case (30)")
+    parser.add_argument("--samples", type=int, default=24, help="photos a case (24)")
     parser.add_argument("--only", default="", help="cases to evaluate, with commas; the page is written with all there")
     options = parser.parse_args()
     logging.disable(logging.INFO)
@@ -113,7 +113,7 @@ def _evaluated(case: Case, shared: Path, out: Path, samples: int) -> Evaluated:
         },
         masks=shared / case.masks if case.masks else None,
         samples=samples,
-        protocol=Protocol(sanity_photos=8),
+        protocol=Protocol(sanity_photos=3),
         health=case.network == "vits14",
     )
     write_evaluation(found.evaluation, out, found.health)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from planted_models import color_finder, draw_color_pair, normalized, tag_reader
+from planted_models import (
+    color_finder,
+    draw_color_pair,
+    held_out,
+    normalized,
+    shapes_cnn,
+    shortcut_cnn,
+    shortcut_vit,
+    tag_reader,
+)
 
 import vision_attn as va
 from vision_attn.cli import main
@@ -380,3 +389,72 @@ def test_masks_that_do_not_fit_are_refused_before_anything_runs(opened, shortcut
 def test_the_public_names_are_these():
     assert va.evaluate_photos is evaluate_photos
     assert va.evaluate_explanations is evaluate_explanations
+
+
+# ------------------------------------------------------------------------------------------------ trained models
+
+
+def write_pictures(root, drawn, masks):
+    for index, (picture, mask) in enumerate(zip(drawn, masks, strict=True)):
+        for folder, pixels in (("photos", picture.image), ("masks", mask)):
+            (root / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(root / folder / f"{index:03}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_a_network_that_learned_a_shortcut_is_caught(kind, tmp_path):
+    model = {"cnn": shortcut_cnn, "vit": shortcut_vit}[kind]()
+    drawn = held_out("true", 40)
+    write_pictures(tmp_path, drawn, [object_mask(one) * np.uint8(255) for one in drawn])
+    done = evaluate_photos(
+        model, [tmp_path / "photos"], tmp_path / "out", masks=tmp_path / "masks", protocol=LITTLE, progress=False
+    )
+    places = done.evaluation.places
+    assert NAMES[places.named] == "the bottom right corner"
+    assert places.effects[places.named].mean > 5 * abs(places.object_effect.mean)
+    assert "the model itself, which reads the bottom right corner" in done.evaluation.verdict[2]
+    assert (done.health is None) == (kind == "cnn")
+
+
+@pytest.mark.slow
+def test_a_network_that_learned_shapes_reads_no_fixed_place(tmp_path):
+    drawn = held_out("plain", 40)
+    write_pictures(tmp_path, drawn, [one.mask * np.uint8(255) for one in drawn])
+    done = evaluate_photos(
+        shapes_cnn(),
+        [tmp_path / "photos"],
+        tmp_path / "out",
+        methods="grad_cam",
+        masks=tmp_path / "masks",
+        protocol=LITTLE,
+        progress=False,
+    )
+    assert done.evaluation.places.named is None
+    assert done.evaluation.places.object_effect.low > 0.1
+    assert done.evaluation.cells["grad_cam", "deletion"].verdict == "better"
+
+
+@pytest.mark.slow
+def test_of_two_shapes_a_map_for_a_class_finds_its_own(tmp_path):
+    drawn = held_out("pairs", 40)
+    labels = []
+    for one in drawn:
+        values = np.zeros(one.image.shape[:2], np.uint8)
+        for label, mask in one.masks.items():
+            values[mask] = label + 1
+        labels.append(values)
+    write_pictures(tmp_path, drawn, labels)
+    found = evaluate_photos(
+        shapes_cnn(),
+        [tmp_path / "photos"],
+        tmp_path / "out",
+        methods="grad_cam,integrated_gradients",
+        options={"integrated_gradients.steps": 8},
+        masks=tmp_path / "masks",
+        protocol=FEW,
+        progress=False,
+    ).evaluation
+    assert found.cells["grad_cam", "separation"].verdict == "better"
+    for control in found.controls:
+        assert found.cells[control, "separation"].estimate.mean == pytest.approx(0.5, abs=1e-6)

