@@ -66,7 +66,7 @@ def noise(*shape):
 def test_result_carries_what_reproduces_it():
     model, images = tiny_vit(), noise(3, 3, 32, 32)
     geometry = Geometry.identity((32, 32))
-    result = explain(model, images, discard_ratio=0.5, geometry=geometry)
+    result = explain(model, images, method="rollout", discard_ratio=0.5, geometry=geometry)
     with torch.no_grad():
         probabilities = model(images).softmax(-1)
     assert result.method == "rollout"
@@ -805,8 +805,12 @@ def test_edges_are_the_slope_of_the_grey_image():
 @pytest.mark.parametrize(
     ("make", "method"),
     [
-        (tiny_vit, "rollout"),
-        (lambda: nn.Sequential(tiny_vit()), "rollout"),
+        (tiny_vit, "grad_rollout"),
+        (lambda: nn.Sequential(tiny_vit()), "grad_rollout"),
+        (
+            lambda: timm.create_model("cait_xxs24_224", img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=5),
+            "rollout",
+        ),
         (tiny_cnn, "grad_cam"),
         (lambda: timm.create_model("test_resnet", num_classes=5), "grad_cam"),
         (lambda: timm.create_model("xcit_nano_12_p16_224", img_size=32, depth=2, num_classes=5), "grad_cam"),

@@ -361,6 +361,7 @@ def test_a_photo_that_cannot_be_read_is_named_and_the_others_measured(opened, sh
         (["--target", "circel"], "did you mean 'circle'"),
         (["--mask-classes", "names.txt"], "expected --masks with --mask-classes"),
         (["--masks", "nowhere"], "nowhere"),
+        (["--cells", "65"], "expected no more cells than the 64 x 64 pixels"),
         (["--option", "window=3"], "expected"),
     ],
 )

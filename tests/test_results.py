@@ -370,7 +370,7 @@ def test_a_mistake_is_shown_with_the_maps_of_the_predicted_and_the_true_class(mo
 
 
 def test_a_method_that_is_the_same_for_every_class_gives_one_map(monkeypatch, evaluated, tmp_path):
-    views, _, drawn, *_ = panels_of(monkeypatch, evaluated, tmp_path, None)
+    views, _, drawn, *_ = panels_of(monkeypatch, evaluated, tmp_path, "rollout")
     assert drawn.method == "rollout"
     assert [name for name, _ in views[0].maps] == ["rollout"]
 

@@ -453,7 +453,7 @@ def test_window_layers_are_shown_where_they_lie_and_rollout_is_refused() -> None
     # Some query has these weights on the four patches of its window; the rest goes to the two prefix tokens.
     sums = record.weights.mean(1)[..., 2:].sum(-1).unflatten(0, (2, -1)).flatten(1)
     assert (sums - inside.sum((1, 2))[:, None]).abs().amin(1).max() < 1e-6
-    assert default_method(model) == "grad_cam" and default_method(ViT(**TINY)) == "rollout"
+    assert default_method(model) == "grad_cam" and default_method(ViT(**TINY)) == "grad_rollout"
     for method in ("rollout", "generic", "grad_rollout", "legrad"):
         with pytest.raises(UsageError, match=f"for {method}, got windows of 4 tokens in 'blocks.0.attn': use grad_cam"):
             explain(model, images, method=method)

@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from vision_attn.attribution.encoders import all_known, find_encoder
-from vision_attn.attribution.tokens import attends_globally, find_layout, is_known
+from vision_attn.attribution.tokens import answers_by_class, attends_globally, find_layout, is_known
 from vision_attn.capture import AttentionCapture, AttentionRecord
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.files import write_whole
@@ -261,11 +261,15 @@ def explain(
 def default_method(model: nn.Module) -> str:
     """Returns the name of the method that stands for all that can be said of a model at once.
 
-    "rollout" where all tokens attend to each other in every layer, as far as that is known of the model; "grad_cam",
-    which asks for nothing but a feature map, for every other one: CNNs, window and hierarchical models, strangers.
-    Where no feature map is found either (CrossViT, TNT), it says so and names what works.
+    "grad_rollout" where all tokens attend to each other in every layer, as far as that is known of the model, and there
+    are classes: plain rollout, the same for every class, was no better than a centred blob in
+    docs/which-explanation.md. "rollout" where there is no class to ask about, and in CaiT, whose class token joins
+    late. "grad_cam", which asks for nothing but a feature map, for every other one: CNNs, window and hierarchical
+    models, strangers. Where no feature map is found either (CrossViT, TNT), it says so and names what works.
     """
-    return "rollout" if attends_globally(model) else "grad_cam"
+    if not attends_globally(model):
+        return "grad_cam"
+    return "grad_rollout" if answers_by_class(model) else "rollout"
 
 
 def captured(model: nn.Module, images: Tensor, *, keep: Any = "queries_keys") -> list[AttentionRecord]:

@@ -71,6 +71,17 @@ def attends_globally(model: nn.Module) -> bool:
     return known is not None and known[1].name != "Xcit" and getattr(known[0], "attends_globally", True)
 
 
+def answers_by_class(model: nn.Module) -> bool:
+    """Whether the attention between a known model's tokens has gradients of a class.
+
+    Not without a classifier; nor in CaiT, whose class token reads tokens that are in no layer's attention before.
+    """
+    known = find_known(model)
+    if known is None or known[1].name == "Cait":
+        return False
+    return all(getattr(part, "num_classes", None) != 0 for part in (model, known[0]))
+
+
 def query_row(layout: TokenLayout, like: Tensor, *, query_patch: tuple[int, int] | None = None) -> Tensor:
     """Returns the weight of every token in the image's answer, (N,), in the type and on the device of `like`.
 

@@ -29,8 +29,8 @@ def add_explain(commands: Any) -> None:
     parser.add_argument("photos", metavar="PHOTOS", nargs="+", help="photos, folders of photos, quoted patterns")
     parser.add_argument(
         "--method",
-        help="one or several, with commas between them (rollout where all tokens attend to each other, else grad_cam); "
-        "see --list-methods",
+        help="one or several, with commas between them (grad_rollout where all tokens attend to each other, else "
+        "grad_cam); see --list-methods",
     )
     parser.add_argument(
         "--option",

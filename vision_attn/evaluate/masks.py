@@ -142,7 +142,8 @@ def open_masks(
     if without and (missing == "refuse" or not files):
         raise UsageError(
             f"expected a mask (.png or .xml) in {folder} for each of {len(photos)} photos, got none for "
-            f"{_counted(len(without), without[0])}: add it under the photo's name, or leave out such photos"
+            f"{_counted(len(without), without[0])}: add it under the photo's name, or let such photos "
+            "count without (--missing-masks skip)"
         )
     contents = _contents(folder, files)
     found = _decided(folder, contents, classes, named=names is not None) if kind == "auto" else kind

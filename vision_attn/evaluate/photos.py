@@ -115,11 +115,18 @@ def evaluate_photos(
         )
     (asked,) = _one_target(target, classes)
     given, remarks = choose_methods(model, methods, options or {})
+    preprocessing: Preprocessing = model.preprocessing  # type: ignore[assignment]
+    if protocol.cells is not None and any(
+        count > pixels for count, pixels in zip(protocol.cells, preprocessing.image_size, strict=True)
+    ):
+        raise UsageError(
+            f"expected no more cells than the {preprocessing.image_size[0]} x {preprocessing.image_size[1]} pixels of "
+            f"the model's input, got {protocol.cells[0]} x {protocol.cells[1]}: 14 x 14 is usual"
+        )
     mask_set = None
     if masks is not None:
         roots = {path: found[path] for path in chosen}
         mask_set = open_masks(masks, roots, classes, kind=mask_kind, names=mask_classes, missing=missing_masks)
-    preprocessing: Preprocessing = model.preprocessing  # type: ignore[assignment]
     settings = _settings(model, given, protocol, chosen, asked, masks, mask_set, health)
     scorer = Scorer(
         model,

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision_attn import __version__
-from vision_attn.attribution.base import default_method, explain, logits_of
+from vision_attn.attribution.base import explain, logits_of
 from vision_attn.attribution.rollout import HeadFusion, check_fusion, logits_and_rollout
-from vision_attn.attribution.tokens import find_layout
+from vision_attn.attribution.tokens import attends_globally, find_layout
 from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import UsageError
 from vision_attn.export import onnx, program
@@ -237,7 +237,7 @@ def _layout(network: nn.Module, images: Tensor, method: str | None) -> tuple[Tok
     """Returns the layout for the rollout, None for logits alone; and why there is no map where none was refused."""
     if method == "none":
         return None, ""
-    if method is None and default_method(network) != "rollout":
+    if method is None and not attends_globally(network):
         name = getattr(network, "architecture", None) or type(network).__name__
         return None, f"no map in the graph: not all tokens attend to each other in {name}; logits alone"
     try:

@@ -78,7 +78,8 @@ def look(
         paths: Photos.
         damaged: Filled while the photos are read.
         method: A registered method, several in a sequence, or their names with commas between them; where left out,
-            `attribution.base.default_method`: rollout where all tokens attend to each other, else Grad-CAM.
+            `attribution.base.default_method`: rollout with the class's gradients where all tokens attend to each other,
+            else Grad-CAM.
         target: A class name or index, "predicted", or several in a sequence; the predicted class where left out.
         options: Of the methods, by name: "head_fusion" for every method that has it, "raw.layer" for one.
         batch_size: Photos a forward pass.
