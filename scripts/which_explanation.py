@@ -156,8 +156,8 @@ def _page(parts: list[tuple[Case, Evaluated]], page: Path, samples: int) -> str:
         f"Written by `python scripts/which_explanation.py ../shared docs/which-explanation.md` on {date.today()}, "
         f"torch {torch.__version__}; {samples} photos a case, chosen by seed 0. Each number is a mean over photos with "
         "its 95 % bootstrap interval; +, - and = say whether a method is better, worse or not better than the best "
-        "control (*random* noise, a *center*ed blob, *edges*) in a paired test (Holm, 5 %). `vision-attn evaluate` does "
-        "the same for your model and photos.",
+        "control (*random* noise, a *center*ed blob, *edges*) in a paired test (Holm, 5 %). `vision-attn evaluate` "
+        "does the same for your model and photos.",
         "",
         "## In short",
         "",
@@ -258,7 +258,7 @@ def _ordering(parts: list[tuple[Case, Evaluated]]) -> list[str]:
         "## Beside the published numbers",
         "",
         "ViT-B/16 on ImageNet, percent, as reprinted by the ReScience replication (doi 10.5281/zenodo.6574631) of "
-        "Chefer, Gur and Wolf, CVPR 2021. Another model, other photos, pixels instead of patches, other ways to average: "
+        "Chefer, Gur and Wolf, CVPR 2021. Another model, other photos, pixels instead of patches, other averages: "
         "only the order can be compared.",
         "",
         "| method | negative ↑ | positive ↓ | pixel accuracy ↑ | mAP ↑ | mIoU ↑ |",

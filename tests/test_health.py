@@ -346,7 +346,7 @@ def test_artefacts_that_are_planted_are_found_said_and_warned_of():
         "other": 0,
     }
     (warning,) = without_sinks.map_remarks(maps)
-    assert warning.startswith("Do not trust lit where it shows single bright patches: on 4 of 8 of the photos")
+    assert warning.startswith("lit shows single bright patches: on 4 of 8 photos at least half")
     with pytest.raises(UsageError, match="expected 8 maps of lit, one for each photo"):
         found.dominated({"lit": maps["lit"][:3]})
 

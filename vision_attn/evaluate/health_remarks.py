@@ -123,7 +123,8 @@ def _of_sinks(health: "AttentionHealth") -> Iterator[str]:
         yield (
             f"On {_share(photos, health.images)} photos some patches are sinks for all heads of a layer together "
             f"({_percent(health.sinks.double().mean(), 1)} of all patches): "
-            "do not take them for what the model looks at."
+            "either they are sinks, which say nothing of the place, or a small thing that the model reads everywhere. "
+            "Deletion tells which."
         )
 
 

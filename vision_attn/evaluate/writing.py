@@ -61,7 +61,7 @@ def tables(evaluation: Evaluation) -> list[Table]:
 def lines(evaluation: Evaluation) -> list[str]:
     """Returns what stands below the tables: the legend, the verdict, the remarks."""
     legend = "+ better, - worse, = not better than the best control on these photos (paired test, Holm, 5 %)"
-    remarks = [f"Note: {remark}." for remark in evaluation.remarks]
+    remarks = [f"Note: {remark.rstrip('.')}." for remark in evaluation.remarks]
     return [legend, "", *evaluation.verdict, *([""] if remarks else []), *remarks]
 
 
