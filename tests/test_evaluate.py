@@ -225,6 +225,16 @@ def test_what_is_scored_does_not_depend_on_the_batch():
     assert one.places == pytest.approx(whole[1].places, abs=1e-6)
 
 
+def test_a_network_of_few_patches_is_taken_apart_finer():
+    scorer = Scorer(sharp_tag_reader(), {"center": {}}, Protocol())
+    images = torch.zeros(1, 3, 64, 48)
+    scorer.layout = va.TokenLayout(prefix=(), grid=(2, 2))
+    assert scorer.cells(images) == (14, 12)
+    scorer.layout = va.TokenLayout(prefix=(), grid=(4, 3))
+    assert scorer.cells(images) == (4, 3)
+    assert replace(scorer, protocol=LITTLE).cells(images) == (8, 8)
+
+
 def test_fewer_photos_than_an_interval_needs_are_refused(tmp_path, shortcuts):
     images = normalized([draw_shortcut(0)])
     with pytest.raises(UsageError, match="expected at least 10 photos for 95 % intervals, got 1: give more photos"):

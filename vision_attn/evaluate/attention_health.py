@@ -145,8 +145,8 @@ class AttentionHealth:
         """Returns a warning for each method whose maps (n, h, w) are made by sinks and artefact tokens on any photo."""
         return tuple(
             f"{name} shows single bright patches: on {int(hit.sum())} of {self.images} photos at least half of what "
-            "its maps show hot lies on sink or high-norm patches, whose attention may say nothing of the place. Believe "
-            "them only where deletion and SaCo do."
+            "its maps show hot lies on sink or high-norm patches, whose attention may say nothing of the place. "
+            "Believe them only where deletion and SaCo do."
             for name, hit in self.dominated(maps).items()
             if hit.any()
         )

@@ -118,12 +118,16 @@ class Scorer:
         return name in self.functions or bool(METHODS.info(name)["class_specific"])
 
     def cells(self, images: Tensor) -> tuple[int, int]:
-        """Returns (rows, columns) of the blocks that are removed: asked for, the model's patches, or 14 x 14."""
+        """Returns (rows, columns) of the blocks that are removed: asked for, the model's patches, or 14 x 14.
+
+        14 x 14 also where there are fewer patches than steps or groups; less on images below 56 pixels.
+        """
         if self.protocol.cells is not None:
             return self.protocol.cells
         if self.layout is None and is_known(self.model):
             self.layout = find_layout(self.model, images)
-        if self.layout is not None:
+        fewest = max(self.protocol.steps, self.protocol.groups)
+        if self.layout is not None and self.layout.num_patches >= fewest:
             return self.layout.grid
         height, width = images.shape[-2:]
         return min(14, height // 4), min(14, width // 4)
