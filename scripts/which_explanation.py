@@ -7,6 +7,7 @@ Stopped, the same command goes on. What a person wrote between the two marks of 
 """
 
 import argparse
+import json
 import logging
 from dataclasses import dataclass
 from datetime import date
@@ -19,8 +20,10 @@ from torch import nn
 
 from vision_attn.evaluate import Evaluated, Evaluation, Protocol, evaluate_photos
 from vision_attn.evaluate.protocol import CONTROL_WORDS, METRICS
+from vision_attn.evaluate.record import judged_from_dict
 from vision_attn.evaluate.writing import write_evaluation
 from vision_attn.files import write_whole
+from vision_attn.metrics.intervals import bootstrap_mean, sign_flip_test
 from vision_attn.models.factory import create_model, open_model, timm_preprocessing
 
 FAST = "raw,rollout,grad_rollout,generic,legrad,grad_cam"
@@ -187,6 +190,7 @@ def _case_lines(case: Case, found: Evaluated, page: Path) -> list[str]:
     evaluation = found.evaluation
     lines = [f"## {case.title}", "", *(f"> {sentence}\n>" for sentence in evaluation.verdict), ""]
     lines += _table(evaluation)
+    lines += ["", *_against_the_blob(found)]
     named = {name: methods for name, methods in evaluation.classes.items() if name != "object"}
     if named:
         lines += ["", "Share of the map for a class that lies on it (mass), by class:", "", *_class_table(evaluation)]
@@ -219,6 +223,31 @@ def _table(evaluation: Evaluation) -> list[str]:
             cells.append(text + marks[cell.verdict])
         name = f"*{method}*" if method in evaluation.controls else method
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _against_the_blob(found: Evaluated) -> list[str]:
+    """Returns what the usual methods of attention gain over the centred blob, which is not always the best control."""
+    photos = [
+        judged_from_dict({key: value for key, value in json.loads(line).items() if key != "fractions"})
+        for line in (found.out / "photos.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    lines = []
+    for method in ("rollout", "grad_rollout", "grad_cam"):
+        if method not in found.evaluation.methods:
+            continue
+        parts = []
+        for metric in ("deletion", "insertion", "saco"):
+            gaps = torch.tensor(
+                [
+                    METRICS[metric].sign * (photo.scores[method][metric] - photo.scores["center"][metric])
+                    for photo in photos
+                    if metric in photo.scores.get(method, {})
+                ]
+            )
+            gap, p = bootstrap_mean(gaps), sign_flip_test(gaps)
+            parts.append(f"{metric} {gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}, p = {p:.2g})")
+        lines.append(f"- {method} less the centred blob (positive: better): {'; '.join(parts)}")
     return lines
 
 

@@ -19,7 +19,8 @@ from vision_attn.attribution import Explanation
 from vision_attn.cli import main
 from vision_attn.data.datamodule import ImageDataModule, find_all_damage
 from vision_attn.data.reading import read_image
-from vision_attn.models.factory import create_model, load_model
+from vision_attn.evaluate import Protocol, evaluate_photos
+from vision_attn.models.factory import create_model, load_model, timm_preprocessing
 
 pytestmark = pytest.mark.real
 
@@ -146,3 +147,32 @@ def test_a_name_and_a_file_of_weights_explain_imagenet_photos(real_dir, tmp_path
         right += row["method"] == "grad_cam" and name in row["prediction"].lower()
     # All 1,000 sample photos: 88.3 % when these weights were made.
     assert right >= 0.7 * len(photos)
+
+
+def test_a_class_is_lit_where_it_is_on_street_photos(real_dir, tmp_path):
+    model = create_model(
+        "tf_efficientnet_lite0",
+        num_classes=10,
+        checkpoint=real_dir / "weights" / "tf_efficientnet_lite0.safetensors",
+    )
+    head = load_file(real_dir / "weights" / "clothing_head_efficientnet_lite0.safetensors")
+    model.get_classifier().load_state_dict({key.split(".")[1]: tensor for key, tensor in head.items()})
+    model.classes = tuple(sorted(path.name for path in (real_dir / "data/clothing/train").iterdir()))
+    model.preprocessing = timm_preprocessing(model)
+    found = evaluate_photos(
+        model.eval(),
+        [real_dir / "data/clothing_masks/images"],
+        tmp_path / "out",
+        methods="grad_cam",
+        masks=real_dir / "data/clothing_masks/masks",
+        samples=16,
+        protocol=Protocol(steps=4, groups=4, precision="float32", sanity_photos=2),
+        progress=False,
+    ).evaluation
+    mass = found.cells["grad_cam", "mass_in_mask"]
+    assert mass.verdict == "better" and mass.control == "center"
+    assert found.cells["grad_cam", "separation"].estimate.mean > 0.55
+    assert found.cells["center", "separation"].estimate.mean == pytest.approx(0.5, abs=1e-6)
+    assert {"dress", "shoes"} & set(found.classes)
+    assert found.cells["grad_cam", "deletion"].estimate.mean < found.cells["random", "deletion"].estimate.mean
+    assert max(found.sanity.randomized["grad_cam"]) < 0.9

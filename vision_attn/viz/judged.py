@@ -99,7 +99,10 @@ def _draw_curves(
 ) -> None:
     for name, band in bands.items():
         colour, line, width = _look(name, list(bands), controls)
-        axis.fill_between(fractions, band.low, band.high, color=colour, alpha=0.12, linewidth=0)
+        # Many bands over each other are one grey.
+        axis.fill_between(
+            fractions, band.low, band.high, color=colour, alpha=0.12 if len(bands) <= 5 else 0.04, linewidth=0
+        )
         axis.plot(fractions, band.mean, color=colour, linestyle=line, linewidth=width, label=f"{name}  {band.area:.3f}")
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
