@@ -354,8 +354,13 @@ def test_images_that_cannot_be_used_are_refused(images, message):
     ("arguments", "message"),
     [
         ({"method": "rolout"}, "expected a known method, got 'rolout': did you mean 'rollout'"),
-        ({"head_fusionn": "max"}, "expected a known option of rollout, got 'head_fusionn': did you mean 'head_fusion'"),
-        ({"method": "edges", "seed": 1}, "expected no options for edges, got 'seed'"),
+        (
+            {"discard_rati": 0.5},
+            "expected a known option of grad_rollout, got 'discard_rati': did you mean 'discard_ratio'",
+        ),
+        ({"query_patch": (1, 1)}, r"option of grad_rollout \(discard_ratio\), got 'query_patch': .* raw or rollout"),
+        ({"method": "edges", "seed": 1}, r"option of edges \(it has none\), got 'seed': .* takes it, random"),
+        ({"method": "edges", "speed": 1}, "expected no options for edges, got 'speed'"),
         ({"target": 5}, "expected a target below 5, the number of classes, got 5"),
         ({"target": -1}, "expected a target of at least 0, got -1"),
         ({"target": [1, 2, 3]}, r"one class, 2 \(one for each image\), or several for each as \(1, T\) or \(2, T\)"),
@@ -379,9 +384,9 @@ def test_images_that_cannot_be_used_are_refused(images, message):
         ({"method": "raw", "layer": None}, r"expected a layer from 0 to 2 \(or -1 for the last\), got None"),
         ({"method": "raw", "head": 1.0}, "expected a head from 0 to 2 in 'blocks.2.attn', got 1.0"),
         ({"method": "raw", "head": True}, "expected a head from 0 to 2 in 'blocks.2.attn', got True"),
-        ({"query_patch": 5}, r"expected query_patch as \(row, column\) on the 4 x 4 grid, got 5"),
-        ({"query_patch": (1.5, 2)}, r"on the 4 x 4 grid, got \(1.5, 2\)"),
-        ({"query_patch": (1, 2, 3)}, r"on the 4 x 4 grid, got \(1, 2, 3\)"),
+        ({"method": "rollout", "query_patch": 5}, r"expected query_patch as \(row, column\) on the 4 x 4 grid, got 5"),
+        ({"method": "rollout", "query_patch": (1.5, 2)}, r"on the 4 x 4 grid, got \(1.5, 2\)"),
+        ({"method": "rollout", "query_patch": (1, 2, 3)}, r"on the 4 x 4 grid, got \(1, 2, 3\)"),
         ({"method": "legrad", "last_layers": 1.0}, "expected last_layers from 1 to 3, got 1.0"),
         ({"method": "grad_cam", "layer": 1}, "expected a known layer, got '1'"),
     ],
@@ -396,8 +401,8 @@ def test_numbers_of_numpy_are_options_that_a_file_can_hold(tmp_path):
     result = explain(model, images, method="raw", layer=np.int64(1), head=np.int32(2))
     assert torch.equal(result.maps, explain(model, images, method="raw", layer=1, head=2).maps)
     assert Explanation.load(result.save(tmp_path / "raw.safetensors")).options == result.options
-    assert explain(model, images, discard_ratio=np.float32(0.5)).options["discard_ratio"] == 0.5
-    assert explain(model, images, query_patch=[1, 2]).options["query_patch"] == (1, 2)
+    assert explain(model, images, method="rollout", discard_ratio=np.float32(0.5)).options["discard_ratio"] == 0.5
+    assert explain(model, images, method="rollout", query_patch=[1, 2]).options["query_patch"] == (1, 2)
 
 
 def test_model_that_is_no_module_is_refused():
@@ -527,7 +532,7 @@ def test_several_targets_of_each_image_differ():
 def test_a_method_that_asks_for_no_class_runs_once_for_several():
     model = tiny_vit()
     count = forwards(model)
-    result = explain(model, noise(2, 3, 32, 32), target=[[0, 1, 2]])
+    result = explain(model, noise(2, 3, 32, 32), method="rollout", target=[[0, 1, 2]])
     assert len(count) == 1
     assert torch.equal(result.maps[:, 0], result.maps[:, 2])
 
@@ -612,7 +617,7 @@ def same(one, other):
 @pytest.mark.parametrize(
     "options",
     [
-        {"query_patch": (1, 2), "geometry": Geometry.identity((40, 60)).resize((32, 32))},
+        {"method": "rollout", "query_patch": (1, 2), "geometry": Geometry.identity((40, 60)).resize((32, 32))},
         {"method": "generic", "target": [["cat", "dog"]], "classes": NAMES},
         {"method": "occlusion", "target": 1, "window": 8},
     ],
@@ -865,8 +870,8 @@ def test_a_probe_on_what_the_encoder_pools_is_explained():
 
     images = noise(2, 3, 32, 32)
     probe = Probe(pooled).eval()
-    expected = explain(tiny_vit(), images).maps
-    torch.testing.assert_close(explain(probe, images).maps, expected)
+    expected = explain(tiny_vit(), images, method="rollout").maps
+    torch.testing.assert_close(explain(probe, images, method="rollout").maps, expected)
     peft_like = Probe(called_without_hooks).eval()
     peft_like.classifier = nn.Identity()
-    torch.testing.assert_close(explain(peft_like, images).maps, expected)
+    torch.testing.assert_close(explain(peft_like, images, method="rollout").maps, expected)

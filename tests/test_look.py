@@ -109,26 +109,30 @@ def test_every_photo_gets_an_overlay_of_its_own_size_its_raw_map_and_a_row(artef
     out = tmp_path / "out"
     assert command(artefact, photos, "--out", out) == 0
     rows = rows_of(out)
-    assert [row["overlay"] for row in rows] == ["rollout/sub/wide.png", "rollout/tall.png", "rollout/wide.png"]
+    assert [row["overlay"] for row in rows] == [
+        "grad_rollout/sub/wide.png",
+        "grad_rollout/tall.png",
+        "grad_rollout/wide.png",
+    ]
     model = load_model(artefact)
     for row in rows:
         image = read_image(row["file"])
         pixels, geometry = model.preprocessing(image)
-        expected = explain(model, model.preprocessing.normalize(pixels[None]), method="rollout")
+        expected = explain(model, model.preprocessing.normalize(pixels[None]), method="grad_rollout")
         kept = Explanation.load(out / row["raw"])
         torch.testing.assert_close(kept.maps, expected.maps, atol=1e-6, rtol=1e-4)
         assert kept.geometry == (geometry,)
-        assert (row["prediction"], row["method"]) == (CLASSES[int(expected.targets)], "rollout")
+        assert (row["prediction"], row["method"]) == (CLASSES[int(expected.targets)], "grad_rollout")
         assert float(row["probability"]) == pytest.approx(float(expected.probabilities), abs=1e-5)
         assert (row["target"], row["target_probability"]) == (row["prediction"], row["probability"])
         drawn = np.asarray(Image.open(out / row["overlay"]).convert("RGB"))
         np.testing.assert_array_equal(drawn, overlay(image, kept.maps[0], geometry=geometry, colorbar=True))
-    assert sorted(path.name for path in out.iterdir()) == ["index.csv", "rollout", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["grad_rollout", "index.csv", "settings.json"]
 
 
 def test_what_a_centre_crop_cut_off_has_no_colour(artefact, photos, tmp_path):
     command(artefact, photos / "wide.jpg", "--out", tmp_path / "out")
-    drawn = np.asarray(Image.open(tmp_path / "out" / "rollout" / "wide.png").convert("RGB"))[:90].astype(int)
+    drawn = np.asarray(Image.open(tmp_path / "out" / "grad_rollout" / "wide.png").convert("RGB"))[:90].astype(int)
     colour = np.ptp(drawn, axis=2)
     # 90 x 200 scaled to cover 73 px and cropped to 64: 79 pixels of 200 in the middle are seen.
     assert colour[10:80, 62:138].mean() > 40
@@ -138,7 +142,9 @@ def test_what_a_centre_crop_cut_off_has_no_colour(artefact, photos, tmp_path):
 def test_batches_do_not_change_the_maps(artefact, photos):
     model = load_model(artefact)
     paths = sorted(photos.rglob("*.*"))
-    one, all_at_once = ([done.map("rollout") for done in look(model, paths, {}, batch_size=size)] for size in (1, 8))
+    one, all_at_once = (
+        [done.map("grad_rollout") for done in look(model, paths, {}, batch_size=size)] for size in (1, 8)
+    )
     for single, batched in zip(one, all_at_once, strict=True):
         torch.testing.assert_close(single, batched, atol=1e-6, rtol=1e-5)
 
@@ -246,8 +252,8 @@ def test_photos_added_to_a_set_move_its_scale_and_redraw_it(artefact, tmp_path):
 def test_jpeg_without_raw_maps(artefact, photos, tmp_path):
     out = tmp_path / "out"
     assert command(artefact, photos, "--out", out, "--format", "jpg", "--no-raw") == 0
-    assert sorted(path.suffix for path in (out / "rollout").rglob("*.*")) == [".jpg"] * 3
-    with Image.open(out / "rollout" / "tall.jpg") as drawn:
+    assert sorted(path.suffix for path in (out / "grad_rollout").rglob("*.*")) == [".jpg"] * 3
+    with Image.open(out / "grad_rollout" / "tall.jpg") as drawn:
         assert drawn.format == "JPEG"
     assert {row["raw"] for row in rows_of(out)} == {""}
 
@@ -335,9 +341,9 @@ def test_what_a_kill_left_is_put_right(artefact, photos, tmp_path):
     whole = contents_of(out)
     index = whole["index.csv"].decode()
     (out / "index.csv").write_text(index[:-20])  # cut in its last row
-    (out / "rollout" / "tall.png").unlink()
-    (out / "rollout" / ".tall.png.4711.part").write_bytes(b"half")
-    (out / "rollout" / "wide.safetensors").write_bytes(b"of the photo whose row was cut")
+    (out / "grad_rollout" / "tall.png").unlink()
+    (out / "grad_rollout" / ".tall.png.4711.part").write_bytes(b"half")
+    (out / "grad_rollout" / "wide.safetensors").write_bytes(b"of the photo whose row was cut")
     explained = explain_photos(model, [photos], out)
     assert (explained.explained, explained.done_before) == (2, 1)
     after = contents_of(out)
@@ -370,8 +376,8 @@ def test_new_photos_join_a_finished_folder(artefact, photos, tmp_path):
     ("extra", "message"),
     [
         (["--style", "dim"], "expected style heat, with which"),
-        (["--method", "raw"], "expected methods rollout, with which"),
-        (["--option", "head_fusion=max"], "got methods rollout {'head_fusion': 'max'}"),
+        (["--method", "raw"], "expected methods grad_rollout, with which"),
+        (["--option", "discard_ratio=0.5"], "got methods grad_rollout {'discard_ratio': 0.5}"),
         (["--target", "dog"], "got targets dog"),
         (["--scale", "99"], "got scale 99.0"),
         (["--no-raw"], "got raw False"),
@@ -394,7 +400,7 @@ def test_a_folder_of_overlays_among_the_photos_is_not_explained(artefact, photos
     assert (again.explained, again.done_before) == (0, before)
     assert explain_photos(model, [photos], tmp_path / "other").explained == before
     # Asked for by name they are photos as any other.
-    assert explain_photos(model, [out / "rollout"], tmp_path / "of ours").explained == before
+    assert explain_photos(model, [out / "grad_rollout"], tmp_path / "of ours").explained == before
     with pytest.raises(UsageError, match="only overlays of an earlier command"):
         explain_photos(model, [photos / "nested"], tmp_path / "none")
 
@@ -457,21 +463,25 @@ def test_damaged_photos_are_told_at_the_end_and_the_rest_is_done(artefact, photo
         (["--sheet", "patch", "--query-patch", "8,0"], "8 x 8 grid"),
         (["--query-patch", "1,1"], "expected the sheet 'patch'"),
         (["--query-patch", "1"], "expected ROW,COL"),
-        (["--option", "head_fusion=men"], "did you mean 'mean'"),
-        (["--option", "fusion=mean"], "head_fusion"),
+        (["--option", "head_fusion=max"], "a method that takes it, raw or rollout"),
+        (["--method", "rollout", "--option", "head_fusion=men"], "did you mean 'mean'"),
+        (["--method", "rollout", "--option", "fusion=mean"], "head_fusion"),
         (["--option", "raw.layer=1"], "method before the option 'layer', got 'raw'"),
-        (["--option", "rollout.fusion=mean"], "did you mean 'head_fusion'"),
-        (["--method", "edges", "--option", "sigma=1"], "expected no options for edges"),
+        (["--method", "rollout", "--option", "rollout.fusion=mean"], "did you mean 'head_fusion'"),
+        (
+            ["--method", "edges", "--option", "sigma=1"],
+            "(it has none), got 'sigma': leave it out or choose a method that takes it, center",
+        ),
         (["--option", "head_fusion"], "NAME=VALUE"),
         (["--batch-size", "0"], "at least 1"),
         (["--device", "cuda:99"], "expected a device that is there"),
         (["--device", "gpu"], "expected a device that is there"),
         (["--option", "method=raw"], "expected --method raw, got --option method=raw"),
         (["--option", "batch_size=2"], "expected --batch-size 2"),
-        (["--option", "layout=1"], "expected a known option of rollout, got 'layout'"),
+        (["--option", "layout=1"], "expected a known option of grad_rollout, got 'layout'"),
         (["--option", "head_fusion=[max"], "expected a value in YAML for --option head_fusion, got '[max'"),
         (["--option", "head_fusion=2026-02-30"], "expected a value in YAML"),
-        (["--option", "head_fusion=[max]"], "expected a known head_fusion"),
+        (["--method", "rollout", "--option", "head_fusion=[max]"], "expected a known head_fusion"),
         (["--option", "discard_ratio=most"], "discard_ratio from 0 to below 1, got 'most'"),
         (["--checkpoint", "x.pth"], "expected checkpoint with the name of a network only"),
         (["--classes", "none.txt"], "No such file"),
@@ -639,7 +649,7 @@ def test_a_patch_asks_from_the_same_place_in_layers_of_every_grid(name):
 
 def test_without_a_method_any_network_is_explained(artefact, photos, tmp_path):
     assert command(artefact, photos / "tall.png", "--out", tmp_path / "vit") == 0
-    assert [row["method"] for row in rows_of(tmp_path / "vit")] == ["rollout"]
+    assert [row["method"] for row in rows_of(tmp_path / "vit")] == ["grad_rollout"]
     network = ("test_resnet", "--pretrained", "false")
     assert main(["explain", *network, str(photos / "tall.png"), "--out", str(tmp_path / "cnn")]) == 0
     assert [row["method"] for row in rows_of(tmp_path / "cnn")] == ["grad_cam"]

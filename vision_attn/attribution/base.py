@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.files import write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.layout import TokenLayout
-from vision_attn.registry import Registry, unknown
+from vision_attn.registry import Registry, close_names, unknown
 
 Method = Callable[..., Any]
 Target = int | str | Sequence[Any] | Tensor | np.ndarray
@@ -386,15 +386,34 @@ def _parameters(function: Method) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
+def unknown_option(of: str, name: str, known: Iterable[str]) -> UsageError:
+    """Returns the error for an option that `of`, a method or several, does not take; it names those that take it."""
+    known = list(known)
+    others = [other for other in METHODS if name in _defaults(METHODS.get(other))]
+    if others and not close_names(name, known):
+        return UsageError(
+            f"expected an option of {of} ({', '.join(known) or 'it has none'}), got {name!r}: "
+            f"leave it out or choose a method that takes it, {' or '.join(others)}"
+        )
+    if not known:
+        return UsageError(f"expected no options for {of}, got {name!r}: leave it out")
+    return unknown(f"option of {of}", name, known)
+
+
+def _defaults(function: Method) -> dict[str, Any]:
+    """Returns the options of a method and what each is where it is not given."""
+    parameters = _parameters(function).values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layout"}
+
+
 def _all_options(method: str, function: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the method's options: its defaults, and over them what was given."""
     parameters = _parameters(function).values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layout"}
+    defaults = _defaults(function)
     takes_any = not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name in given:
         if name not in defaults and not takes_any:
-            error = unknown(f"option of {method}", name, defaults)
-            raise error if defaults else UsageError(f"expected no options for {method}, got {name!r}: leave it out")
+            raise unknown_option(method, name, defaults)
     for name, value in defaults.items():
         if value is inspect.Parameter.empty and name not in given:
             raise UsageError(f"expected the option {name!r}, without which {method} cannot run, got none: pass {name}=")

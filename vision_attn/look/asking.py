@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.attribution import METHODS
-from vision_attn.attribution.base import default_method
+from vision_attn.attribution.base import default_method, unknown_option
 from vision_attn.data.reading import find_images
 from vision_attn.errors import UsageError
 from vision_attn.registry import unknown
@@ -154,10 +154,7 @@ def method_options(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str
         asked = [method] if dot else [method for method in methods if option in takes[method]]
         if not asked or any(option not in takes[method] and not _takes_any(METHODS.get(method)) for method in asked):
             known = sorted({option for method in asked or methods for option in takes[method]})
-            of = " and ".join(asked or methods)
-            if not known:
-                raise UsageError(f"expected no options for {of}, got {option!r}: leave it out")
-            raise unknown(f"option of {of}", option, known)
+            raise unknown_option(" and ".join(asked or methods), option, known)
         for method in asked:
             chosen[method][option] = given[name]
     return chosen
