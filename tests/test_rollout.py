@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vision_attn.attribution import explain
+from vision_attn.attribution import explain as explain_by
 from vision_attn.attribution.rollout import kth_smallest, rollout_row
 from vision_attn.capture import AttentionCapture, AttentionRecord
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.layout import TokenLayout
 
+explain = partial(explain_by, method="rollout")
 rollout_module = importlib.import_module("vision_attn.attribution.rollout")
 
 
@@ -267,13 +269,13 @@ def test_timm_models_equal_the_full_product(name, layout):
 def test_windows_are_refused_with_what_works():
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(2,), num_heads=(3,))
     with pytest.raises(UsageError, match=r"got windows of 49 tokens in 'layers.0.blocks.0.attn': use .*or raw or"):
-        explain(model, noise(1, 3, 56, 56), method="rollout")
+        explain(model, noise(1, 3, 56, 56))
 
 
 def test_convolutional_network_is_refused_with_what_works():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(AttentionNotFoundError, match=r"needs no attention: grad_cam, .*, random$"):
-        explain(model, noise(1, 3, 8, 8), method="rollout")
+        explain(model, noise(1, 3, 8, 8))
 
 
 def test_layout_that_does_not_fit_is_refused():

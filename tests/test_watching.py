@@ -256,12 +256,12 @@ def test_the_maps_are_those_of_the_weights_that_are_exported(tmp_path, ema):
     pixels = torch.stack([torch.from_numpy(images.read(one["index"])).permute(2, 0, 1) for one in notes["photos"]])
     for found, module in ((look, trainer.model), (started, classifier())):
         module.eval()
-        expected = explain(module.network, module.normalize(pixels), method="rollout")
-        np.testing.assert_allclose(found.maps["rollout"], expected.maps.numpy(), rtol=1e-4, atol=1e-6)
+        expected = explain(module.network, module.normalize(pixels), method="grad_rollout")
+        np.testing.assert_allclose(found.maps["grad_rollout"], expected.maps.numpy(), rtol=1e-4, atol=1e-6)
         probabilities = module(module.normalize(pixels)).softmax(-1).detach().numpy()
         np.testing.assert_array_equal(found.prediction, probabilities.argmax(-1))
         np.testing.assert_allclose(found.probability, probabilities.max(-1), rtol=1e-4)
-    assert not np.allclose(look.maps["rollout"], started.maps["rollout"], rtol=1e-3)
+    assert not np.allclose(look.maps["grad_rollout"], started.maps["grad_rollout"], rtol=1e-3)
 
 
 def test_each_epoch_has_the_same_photos_and_the_folder_all_that_is_said_of_it(tmp_path, with_sheet):
@@ -377,7 +377,7 @@ def test_rank_correlation_is_spearmans_with_ties():
 def test_the_table_says_how_far_the_map_moved(tmp_path, with_sheet):
     watcher = WatchAttention(WatchConfig(photos=1, animation=False), tmp_path)
     fit(watcher, epochs=2)
-    maps = [Look.load(path / "maps.npz").maps["rollout"][0] for path in drawn_epochs(watcher.folder).values()]
+    maps = [Look.load(path / "maps.npz").maps["grad_rollout"][0] for path in drawn_epochs(watcher.folder).values()]
     rows = [line.split(",") for line in (watcher.folder / "movement.csv").read_text().splitlines()[1:]]
     assert [row[-2:] for row in rows] == [
         ["", f"{rank_correlation(maps[0], maps[2]):.6f}"],
@@ -457,7 +457,10 @@ def test_photos_can_be_named(folder, tmp_path):
         ({"target": "cats"}, "class for watch.target, got 'cats': did you mean 'cat'"),
         ({"target": 2}, "class index from 0 to 1 for watch.target, got 2"),
         ({"epochs": [1, 9]}, "epochs up to trainer.max_epochs, 4, for watch.epochs, got 9"),
-        ({"options": {"head_fusio": "max"}}, "option of rollout, got 'head_fusio': did you mean 'head_fusion'"),
+        (
+            {"options": {"discard_rati": 0.5}},
+            "option of grad_rollout, got 'discard_rati': did you mean 'discard_ratio'",
+        ),
         ({"method": ["rollout", "raw"], "options": {"layer": 3}}, "method of watch.options, got 'layer'"),
         ({"method": ["rollout", "raw"], "options": {"raw": 3}}, "expected watch.options.raw as"),
         ({"model": RESNET, "method": "rollout"}, "attention"),
