@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from vision_attn.data.planted import TAG_COLORS, PlantedImage, draw_pair, draw_shortcut, pair_labels, tag_place
 from vision_attn.data.shapes import SHAPES, ShapeImage, draw
-from vision_attn.data.transforms import Preprocessing
+from vision_attn.data.transforms import Preprocessing, eval_transforms
 from vision_attn.models.factory import create_model
 
 GREY = 128.0
@@ -32,7 +32,8 @@ def as_loaded(model: nn.Module, size: int = 64) -> nn.Module:
     """Returns the model as `load_model` would give it."""
     model.classes = SHAPES  # type: ignore[assignment]
     model.num_classes = len(SHAPES)  # type: ignore[assignment]
-    model.preprocessing = Preprocessing((size, size), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))  # type: ignore[assignment]
+    whole = eval_transforms((size, size), crop_pct=1.0)  # a centre crop would cut tags off
+    model.preprocessing = Preprocessing((size, size), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), whole)  # type: ignore[assignment]
     return model.eval()
 
 

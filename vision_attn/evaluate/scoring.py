@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vision_attn.attribution.base import METHODS, Explanation, Method, explain, logits_of
 from vision_attn.attribution.tokens import find_layout, is_known
 from vision_attn.evaluate.judged import Judged, Sanity
-from vision_attn.evaluate.places import GRID, hide_places, hide_shown
+from vision_attn.evaluate.places import NAMES, hide_places, hide_shown, place_mask
 from vision_attn.evaluate.protocol import METRICS, Protocol
 from vision_attn.layout import TokenLayout
 from vision_attn.look.asking import takes_option
@@ -271,7 +270,8 @@ class Scorer:
             if mask is None or not mask.any():
                 continue
             mask = mask.to(images.device)
-            shares = F.adaptive_avg_pool2d(mask[None].float(), GRID)[0].flatten().tolist()
+            size = (mask.shape[0], mask.shape[1])
+            shares = [float(mask[place_mask(place, size)].float().mean()) for place in range(len(NAMES))]
             hidden = hide_shown(images[i : i + 1], mask[None], grey[i : i + 1])
             after = self.predict(hidden)[0, target[i]]
             own[i] = (shares, float(before[i] - after))
@@ -322,7 +322,9 @@ class Scorer:
                 if name in found and not why_unusable(one):
                     found[name][method] = _localised(one, large[name], ignore)
             if len(large) > 1 and not any(map(why_unusable, own)):
-                shares = class_separation(torch.stack(own), torch.stack(list(large.values())), ignore=ignore)
+                # As in `_localised`, evidence against a class lies nowhere.
+                shown, own_masks = torch.stack(own).clamp(min=0), torch.stack(list(large.values()))
+                shares = class_separation(shown, own_masks, ignore=ignore)
                 for name, share in zip(large, shares.tolist(), strict=True):
                     if name in found:
                         found[name][method]["separation"] = share
