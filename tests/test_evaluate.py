@@ -443,7 +443,7 @@ def test_a_network_that_learned_shapes_reads_no_fixed_place(tmp_path):
     )
     assert done.evaluation.places.named is None
     assert done.evaluation.places.object_effect.low > 0.1
-    assert done.evaluation.cells["grad_cam", "deletion"].verdict == "better"
+    assert done.evaluation.cells["grad_cam", "mass_in_mask"].verdict == "better"
 
 
 @pytest.mark.slow
