@@ -188,7 +188,7 @@ def _written_before(page: Path) -> list[str]:
 
 def _case_lines(case: Case, found: Evaluated, page: Path) -> list[str]:
     evaluation = found.evaluation
-    lines = [f"## {case.title}", "", *(f"> {sentence}\n>" for sentence in evaluation.verdict), ""]
+    lines = [f"## {case.title}", "", "\n>\n".join(f"> {sentence}" for sentence in evaluation.verdict), ""]
     lines += _table(evaluation)
     lines += ["", *_against_the_blob(found)]
     named = {name: methods for name, methods in evaluation.classes.items() if name != "object"}
