@@ -296,7 +296,7 @@ def test_options_of_onnx_are_what_is_written(tmp_path):
     written = export_graph(model, tmp_path / "m.onnx", dtype="float16", opset=23, inputs="float")
     run = onnx.runner(written.path.read_bytes())
     images = model.preprocessing.normalize(torch.from_numpy(photos(4)))
-    torch.testing.assert_close(run(images)["rollout"], explain(model, images).maps, rtol=1e-2, atol=0)
+    torch.testing.assert_close(run(images)["rollout"], explain(model, images, method="rollout").maps, rtol=1e-2, atol=0)
     assert written.opset == 23
     assert 1e-5 < written.deviation["logits"] < 1e-2  # it is float16 that was computed in
 
@@ -329,6 +329,6 @@ def test_dinov2_on_real_photos_gives_the_same_map_in_onnxruntime(tmp_path, real_
     run = onnx.runner(export_graph(model, tmp_path / "m.onnx").path.read_bytes())
     images = model.preprocessing.normalize(pixels)
     found = run(pixels)
-    torch.testing.assert_close(found["rollout"], explain(model, images).maps, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["rollout"], explain(model, images, method="rollout").maps, rtol=1e-4, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(found["logits"], model(images), rtol=1e-4, atol=1e-4)
