@@ -18,6 +18,7 @@ from vision_attn.cli.explain import add_explain
 from vision_attn.cli.export import add_export
 from vision_attn.cli.layers import add_layers
 from vision_attn.cli.predict import add_predict, is_of_a_run
+from vision_attn.cli.report import add_report
 from vision_attn.errors import StoppedError, UsageError
 from vision_attn.files import is_taken
 
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add_predict(commands)
     add_explain(commands)
     add_evaluate(commands)
+    add_report(commands)
     add_export(commands)
     add_compare(commands)
     add_data(commands)

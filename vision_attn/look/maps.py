@@ -39,6 +39,8 @@ class Look:
         targets: The classes explained.
         target_probabilities: Of those classes.
         explanations: By method, of this photo alone.
+        probabilities: (classes,), the softmaxed logits; None where the model has no classes.
+        pixels: uint8 (3, h, w), the model's input before normalisation.
     """
 
     path: Path
@@ -48,6 +50,8 @@ class Look:
     targets: tuple[str, ...]
     target_probabilities: tuple[float | None, ...]
     explanations: Mapping[str, Explanation]
+    probabilities: Tensor | None = field(default=None, repr=False)
+    pixels: Tensor | None = field(default=None, repr=False)
     kept: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -179,6 +183,8 @@ def _explained(
                 targets=tuple(classes[int(index)] if classes else "" for index in chosen[i]),
                 target_probabilities=tuple(asked_probabilities[i]) if classes else (None,) * chosen.shape[1],
                 explanations={name: _one(result, i) for name, result in results.items()},
+                probabilities=probabilities[i].cpu().clone() if classes else None,
+                pixels=photo.pixels,
                 kept=photo.image,
             )
         )

@@ -169,7 +169,11 @@ def received_share(weights: Tensor) -> Tensor:
     return _where_attended(weights, weights, keepdim=True).nanmean(-2)
 
 
-def sinks(received: Tensor, *, times: float = 10.0) -> Tensor:
+SINK_TIMES = 10.0
+"""How many times the even share makes a key a sink."""
+
+
+def sinks(received: Tensor, *, times: float = SINK_TIMES) -> Tensor:
     """Returns which keys are sinks, boolean (..., K): they receive more than `times` the uniform share 1 / K.
 
     A softmax has to give its attention to something; heads with nothing to say give it to few tokens that hold little:

@@ -1,0 +1,504 @@
+// One photo: where the answer comes from, and what attends to what, layer by layer, head by head.
+
+const explorer = { photo: null, query: null, pinned: false, layers: [], drawn: null, cells: [] };
+
+function startExplorer() {
+  const choice = byId("photo");
+  report.photos.forEach((photo, index) => {
+    const mark = photo.attention?.full || photo.classMaps ? " (all layers)" : "";
+    choice.append(element("option", { value: String(index) }, `${index + 1}: ${photo.name}${mark}`));
+  });
+  choice.addEventListener("change", () => openPhoto(report.photos[Number(choice.value)], false));
+  byId("previous").addEventListener("click", () => stepPhoto(-1));
+  byId("next").addEventListener("click", () => stepPhoto(1));
+  byId("map-choice").addEventListener("change", drawMapPanel);
+  byId("map-strength").addEventListener("input", () => {
+    byId("map-strength-value").textContent = `${byId("map-strength").value} %`;
+    drawMapPanel();
+  });
+  byId("asker").addEventListener("change", chooseAsker);
+  for (const id of ["direction", "layer", "head"]) byId(id).addEventListener("change", drawAttention);
+  byId("follow").addEventListener("change", () => (explorer.pinned = !byId("follow").checked));
+  const canvas = byId("attention-canvas");
+  canvas.addEventListener("pointermove", hovered);
+  canvas.addEventListener("click", clicked);
+  canvas.addEventListener("keydown", movedByKey);
+  byId("difference-a").addEventListener("change", drawDifference);
+  byId("difference-b").addEventListener("change", drawDifference);
+}
+
+function stepPhoto(step) {
+  const among = gallery.shown.includes(explorer.photo) ? gallery.shown : report.photos;
+  const at = among.indexOf(explorer.photo) + step;
+  if (at >= 0 && at < among.length) openPhoto(among[at], false);
+}
+
+/** Shows a photo in the explorer; and the explorer, unless told otherwise. */
+async function openPhoto(photo, show = true) {
+  explorer.photo = photo;
+  if (show) showTab("explorer");
+  byId("photo").value = String(report.photos.indexOf(photo));
+  const among = gallery.shown.includes(photo) ? gallery.shown : report.photos;
+  byId("previous").disabled = among.indexOf(photo) === 0;
+  byId("next").disabled = among.indexOf(photo) === among.length - 1;
+  fillMapChoice(photo);
+  fillAnswers(photo);
+  await Promise.all([drawMapPanel(), openAttention(photo), openClassMaps(photo)]);
+}
+
+// ------------------------------------------------------------------------------------------------ the answer
+
+function fillMapChoice(photo) {
+  const choice = byId("map-choice");
+  const before = choice.value;
+  const options = photo.maps.map((map, index) => [`m${index}`, report.methods[map.method].name]);
+  (photo.classMaps ?? []).forEach((map, index) => {
+    if (map.class !== prediction(photo)) options.push([`c${index}`, `${report.methods[map.method].name}: ${className(map.class)}`]);
+  });
+  choice.replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
+  choice.value = options.some(([value]) => value === before) ? before : `m${gallery.method}`;
+}
+
+function chosenMap() {
+  const value = byId("map-choice").value;
+  const from = value[0] === "c" ? explorer.photo.classMaps : explorer.photo.maps;
+  return from[Number(value.slice(1))];
+}
+
+async function drawMapPanel() {
+  const photo = explorer.photo;
+  if (!photo || byId("explorer").hidden) return;
+  const map = chosenMap();
+  const method = report.methods[map.method];
+  const canvas = byId("map-canvas");
+  const [width, height] = fitted(photo, 720, 640);
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const values = await valuesOf(map);
+  const of = method.asksForClass ? ` for ${className(map.class) || "the answer"}` : ", the same for every class";
+  canvas.setAttribute("aria-label", `${photo.name}, overlay by ${method.name}${of}`);
+  await drawMap(canvas, photo, gallery.bare ? null : values, { strength: byId("map-strength").value / 100 });
+  if (values) showScale(byId("map-scale"), scaleOf(values), `${method.name}${of}; this map, lowest to highest`);
+  else byId("map-scale").replaceChildren(`${method.name} gave values that are not numbers: nothing is drawn`);
+}
+
+function fillAnswers(photo) {
+  const rows = photo.top.map(([index, share]) => {
+    const bar = element("div");
+    bar.style.width = `${Math.max(share * 100, 0.5)}%`;
+    const truth = index === photo.truth ? " (true)" : "";
+    return element("tr", {}, element("td", {}, className(index) + truth), element("td", {}, percent(share)), element("td", { className: "line" }, bar));
+  });
+  const body = element("table", { className: "answers", "aria-label": "Likeliest classes" }, ...rows);
+  const words = [`${photo.file}, ${photo.size[1]} x ${photo.size[0]} px.`];
+  if (photo.truth !== null) words.push(isRight(photo) ? "The answer is right." : `The answer is wrong: it is ${className(photo.truth)}.`);
+  byId("answers").replaceChildren(element("p", { className: isRight(photo) === false ? "wrong" : "note" }, words.join(" ")), ...(rows.length ? [body] : []));
+}
+
+// ------------------------------------------------------------------------------------------------ attention
+
+async function openAttention(photo) {
+  const found = photo.attention;
+  byId("attention-controls").hidden = !found;
+  byId("heads").hidden = !found;
+  explorer.layers = [];
+  explorer.rows = null;
+  const canvas = byId("attention-canvas");
+  const [width, height] = fitted(photo, 720, 640);
+  Object.assign(canvas, { width, height });
+  if (!found) {
+    await drawMap(canvas, photo, null);
+    byId("attention-scale").replaceChildren();
+    byId("attention-words").textContent = "";
+    byId("attention-notes").textContent = report.notes.filter((note) => note.startsWith("no attention")).join(" ") || "No attention was kept for this report.";
+    byId("explored-note").textContent = "";
+    return;
+  }
+  const layers = await Promise.all(
+    found.layers.map(async (layer) => ({
+      ...layer,
+      levels: found.levels,
+      steps: await blob(layer.steps),
+      largest: new Float32Array((await blob(layer.largest)).slice().buffer),
+    })),
+  );
+  if (explorer.photo !== photo) return;
+  explorer.layers = layers;
+  const last = layers.length - 1;
+  fill("layer", layers.map((layer, index) => [index, `${layers.length > 1 ? index : "last"}: ${layer.name}`]), last);
+  byId("layer").disabled = layers.length < 2;
+  const rollout = canRollOut();
+  const direction = byId("direction");
+  direction.querySelector("[value=rollout]").disabled = !rollout;
+  if (!rollout && direction.value === "rollout") direction.value = "to";
+  const tokens = prefixNames(layers[last]);
+  const before = byId("asker").value;
+  fill("asker", [...tokens.map((name, index) => [`t${index}`, name]), ["mean", "mean of all patches"], ["patch", "a patch (click one)"]], tokens.length ? "t0" : "mean");
+  if ([...byId("asker").options].some((option) => option.value === before)) byId("asker").value = before;
+  explorer.query = explorer.query && byId("asker").value === "patch" ? explorer.query : { u: 0.5, v: 0.5 };
+  explorer.pinned = false;
+  byId("follow").checked = true;
+  byId("explored-note").textContent = found.full ? "" : "of this photo the last layer is kept; --explored N keeps all layers of more photos";
+  byId("attention-notes").textContent = notesOn(layers, found);
+  buildHeads();
+  await drawAttention();
+}
+
+function fill(id, options, chosen) {
+  byId(id).replaceChildren(...options.map(([value, text]) => element("option", { value: String(value) }, text)));
+  byId(id).value = String(chosen);
+}
+
+function prefixNames(layer) {
+  const counts = new Map();
+  const total = (name) => layer.prefix.filter((one) => one === name).length;
+  return layer.prefix.map((name) => {
+    counts.set(name, (counts.get(name) ?? 0) + 1);
+    return total(name) > 1 ? `${name} token ${counts.get(name)}` : `${name} token`;
+  });
+}
+
+function notesOn(layers, found) {
+  const words = [`Values are kept in ${found.levels} steps of each row's largest: read back, they are off by less than 1/255 of it.`];
+  const together = Math.max(...layers.map((layer) => layer.together));
+  if (together > 1) words.push(`Up to ${together} x ${together} neighbouring places are one cell: the mean of what they give, the sum of what they take.`);
+  if (layers.some((layer) => layer.kind === "window")) words.push("Attention in windows is laid on the whole photo: a place attends to its window alone.");
+  const missing = report.notes.filter((note) => note.startsWith("not shown"));
+  return [...words, ...missing].join(" ");
+}
+
+/** Whether the product over all layers is defined: all of them kept, of the same tokens. */
+function canRollOut() {
+  const layers = explorer.layers.filter((layer) => layer.kind !== "latent");
+  return explorer.photo.attention.full && layers.length > 1 && layers.every((layer) => layer.kind === "global" && layer.keys === layers[0].keys && layer.queries === layer.keys);
+}
+
+function chooseAsker() {
+  if (byId("asker").value === "patch") explorer.pinned = true;
+  byId("follow").checked = !explorer.pinned;
+  drawAttention();
+}
+
+/** Returns the weights of the queries that ask, in one layer: [index, weight] pairs. */
+function askersIn(layer, keys) {
+  const asker = byId("asker").value;
+  const grid = keys ? layer.grid : layer.queryGrid;
+  const count = keys ? layer.keys : layer.queries;
+  const first = layer.prefix.length;
+  if (!grid) return Array.from({ length: count }, (_, index) => [index, 1 / count]); // latents
+  if (asker[0] === "t" && Number(asker.slice(1)) < first) return [[Number(asker.slice(1)), 1]];
+  if (asker === "patch") return [[first + cellAt(explorer.query, grid), 1]];
+  const patches = count - first;
+  return Array.from({ length: patches }, (_, index) => [first + index, 1 / patches]);
+}
+
+function cellAt({ u, v }, [rows, columns]) {
+  const row = Math.min(Math.max(Math.floor(v * rows), 0), rows - 1);
+  const column = Math.min(Math.max(Math.floor(u * columns), 0), columns - 1);
+  return row * columns + column;
+}
+
+/** Returns what a head (all: -1) gives: weights over keys, for the queries that ask; or over queries, for a key. */
+function attended(layer, head, direction) {
+  const { heads, queries, keys, steps, largest, levels } = layer;
+  const from = direction === "from";
+  const out = new Float32Array(from ? queries : keys);
+  const chosen = head < 0 ? Array.from({ length: heads }, (_, index) => index) : [head];
+  for (const [index, weight] of askersIn(layer, from)) {
+    for (const one of chosen) {
+      const share = weight / chosen.length / levels;
+      if (from) {
+        for (let q = 0; q < queries; q++) out[q] += steps[(one * queries + q) * keys + index] * largest[one * queries + q] * share;
+      } else {
+        const start = (one * queries + index) * keys;
+        const scale = largest[one * queries + index] * share;
+        for (let k = 0; k < keys; k++) out[k] += steps[start + k] * scale;
+      }
+    }
+  }
+  return out;
+}
+
+/** Returns the heads' mean of a layer, (queries x keys), made once. */
+function meanOf(layer) {
+  if (!layer.mean) {
+    const { heads, queries, keys, steps, largest, levels } = layer;
+    layer.mean = new Float32Array(queries * keys);
+    for (let row = 0; row < heads * queries; row++) {
+      const scale = largest[row] / levels / heads;
+      const to = (row % queries) * keys;
+      for (let k = 0; k < keys; k++) layer.mean[to + k] += steps[row * keys + k] * scale;
+    }
+  }
+  return layer.mean;
+}
+
+/** Returns the row of the product over layers of (mean attention + identity) / 2 that belongs to who asks. */
+function rolledOut() {
+  const layers = explorer.layers.filter((layer) => layer.kind === "global");
+  let row = new Float32Array(layers[0].keys);
+  for (const [index, weight] of askersIn(layers[layers.length - 1], false)) row[index] = weight;
+  for (const layer of [...layers].reverse()) {
+    const mean = meanOf(layer);
+    const next = new Float32Array(row.length);
+    for (let q = 0; q < row.length; q++) {
+      if (!row[q]) continue;
+      const half = row[q] / 2;
+      next[q] += half;
+      const start = q * row.length;
+      for (let k = 0; k < row.length; k++) next[k] += half * mean[start + k];
+    }
+    row = next;
+  }
+  return row;
+}
+
+/** Returns the keys that are sinks for a head of a layer, or for all together, as cells of its grid. */
+function sinksOf(layer, head) {
+  if (layer.kind !== "global") return [];
+  layer.sinks ??= new Map();
+  if (!layer.sinks.has(head)) {
+    const received = new Float32Array(layer.keys);
+    const first = layer.prefix.length;
+    const chosen = head < 0 ? Array.from({ length: layer.heads }, (_, index) => index) : [head];
+    for (const one of chosen) {
+      for (let q = first; q < layer.queries; q++) {
+        const row = one * layer.queries + q;
+        const scale = layer.largest[row] / layer.levels / chosen.length / (layer.queries - first);
+        for (let k = 0; k < layer.keys; k++) received[k] += layer.steps[row * layer.keys + k] * scale;
+      }
+    }
+    const bound = report.sinkTimes / layer.keys;
+    layer.sinks.set(head, [...received.keys()].filter((k) => received[k] > bound));
+  }
+  return layer.sinks.get(head);
+}
+
+async function drawAttention() {
+  const { photo, layers } = explorer;
+  if (!photo || !layers.length || byId("explorer").hidden) return;
+  const layer = layers[Number(byId("layer").value)];
+  const heads = [[-1, "mean of all"], ...Array.from({ length: layer.heads }, (_, index) => [index, String(index)])];
+  const before = byId("head").value;
+  if (byId("head").options.length !== heads.length) fill("head", heads, heads.some(([value]) => String(value) === before) ? before : -1);
+  const head = Number(byId("head").value);
+  const direction = byId("direction").value;
+  const rollout = direction === "rollout";
+  byId("layer").disabled = rollout || layers.length < 2;
+  byId("head").disabled = rollout;
+  const whole = rollout ? rolledOut() : attended(layer, head, direction);
+  const grid = direction === "from" ? layer.queryGrid : layer.grid;
+  if (!grid) {
+    byId("attention-words").textContent = "In this layer a latent asks, which lies nowhere: choose what it attends to.";
+    return;
+  }
+  const first = direction === "from" && layer.kind === "latent" ? 0 : layer.prefix.length;
+  const values = whole.subarray(first);
+  const map = { values, grid, ...rangeOf(values) };
+  const scale = { low: 0, high: Math.max(map.high, 1e-12), signed: false, flat: map.high <= 0 };
+  explorer.shown = { whole, values, grid, first, layer, head, rollout, direction };
+  const canvas = byId("attention-canvas");
+  await drawMap(canvas, photo, map, { strength: 0.75, kind: "attention", smooth: false, scale });
+  drawMarks(canvas, layer, head, grid, rollout);
+  showScale(byId("attention-scale"), scale, "share of the attention; this view, 0 to its highest", "attention");
+  byId("attention-words").textContent = wordsOn(whole, values, grid, first, layer, direction);
+  drawHeads();
+}
+
+function whoAsks(layer) {
+  const asker = byId("asker").value;
+  if (!layer.queryGrid) return "The latent that pools";
+  if (asker === "mean" || (asker[0] === "t" && Number(asker.slice(1)) >= layer.prefix.length)) return "The mean of all patches";
+  if (asker[0] === "t") return `The ${prefixNames(layer)[Number(asker.slice(1))]}`;
+  const cell = cellAt(explorer.query, layer.queryGrid);
+  return `The patch in row ${Math.floor(cell / layer.queryGrid[1])}, column ${cell % layer.queryGrid[1]}`;
+}
+
+function wordsOn(whole, values, grid, first, layer, direction) {
+  let most = 0;
+  for (let i = 1; i < values.length; i++) if (values[i] > values[most]) most = i;
+  const place = `row ${Math.floor(most / grid[1])}, column ${most % grid[1]}`;
+  if (direction === "from") return `${whoAsks(layer)} receives most from the patch in ${place}: ${percent(values[most])} of what that gives.`;
+  const names = first ? prefixNames(layer) : [];
+  const tokens = names.map((name, index) => `${percent(whole[index])} to the ${name}`);
+  const verb = direction === "rollout" ? "draws on all layers: most on" : "attends most to";
+  return `${whoAsks(layer)} ${verb} the patch in ${place} (${percent(values[most])})${tokens.length ? `; ${tokens.join(", ")}` : ""}.`;
+}
+
+/** Returns the point of the photo (0 to 1) that a point of the model's input comes from. */
+function photoPoint([a, b, c, d, e, f], u, v) {
+  const turned = a * e - b * d;
+  return [(e * (u - c) - b * (v - f)) / turned, (a * (v - f) - d * (u - c)) / turned];
+}
+
+function inputPoint([a, b, c, d, e, f], s, t) {
+  return { u: a * s + b * t + c, v: d * s + e * t + f };
+}
+
+function drawMarks(canvas, layer, head, grid, rollout) {
+  const context = canvas.getContext("2d");
+  const box = (cell, [rows, columns], colour, dash) => {
+    const row = Math.floor(cell / columns), column = cell % columns;
+    const [s0, t0] = photoPoint(explorer.photo.place, column / columns, row / rows);
+    const [s1, t1] = photoPoint(explorer.photo.place, (column + 1) / columns, (row + 1) / rows);
+    const at = [Math.min(s0, s1) * canvas.width, Math.min(t0, t1) * canvas.height, Math.abs(s1 - s0) * canvas.width, Math.abs(t1 - t0) * canvas.height];
+    context.setLineDash([]);
+    context.lineWidth = 4;
+    context.strokeStyle = "#000000";
+    context.strokeRect(...at);
+    context.setLineDash(dash);
+    context.lineWidth = 2;
+    context.strokeStyle = colour;
+    context.strokeRect(...at);
+  };
+  const sinks = rollout ? [] : sinksOf(layer, head).filter((key) => key >= layer.prefix.length);
+  sinks.forEach((key) => box(key - layer.prefix.length, layer.grid, "#ffb000", [3, 3]));
+  if (byId("asker").value === "patch" && layer.queryGrid) box(cellAt(explorer.query, layer.queryGrid), layer.queryGrid, "#ffffff", []);
+  const tokens = rollout ? [] : sinksOf(layer, head).filter((key) => key < layer.prefix.length);
+  const words = [];
+  if (sinks.length) words.push(`${sinks.length} ${sinks.length === 1 ? "patch is a sink" : "patches are sinks"} here (dashed): they take over ${report.sinkTimes} times the even share`);
+  if (tokens.length) words.push(`sinks, too: ${tokens.map((key) => prefixNames(layer)[key]).join(", ")}`);
+  byId("attention-canvas").title = words.join("; ");
+  byId("heads-hint").textContent = [`What each head of each layer shows for the same question. Press one to see it large.`, ...words.map((text) => `${text}.`)].join(" ");
+}
+
+function pointOf(event) {
+  const canvas = byId("attention-canvas");
+  const bounds = canvas.getBoundingClientRect();
+  const point = inputPoint(explorer.photo.place, (event.clientX - bounds.left) / bounds.width, (event.clientY - bounds.top) / bounds.height);
+  return point.u >= 0 && point.u < 1 && point.v >= 0 && point.v < 1 ? point : null;
+}
+
+function hovered(event) {
+  if (!explorer.layers.length || event.pointerType === "touch") return;
+  const point = pointOf(event);
+  if (!point) return;
+  if (!explorer.pinned) return ask(point);
+  const { values, grid } = explorer.shown;
+  const cell = cellAt(point, grid);
+  const place = `row ${Math.floor(cell / grid[1])}, column ${cell % grid[1]}`;
+  byId("attention-words").textContent = `Patch in ${place}: ${short(values[cell])} (${percent(values[cell])}). ${wordsOn(explorer.shown.whole, values, grid, explorer.shown.first, explorer.shown.layer, explorer.shown.direction)}`;
+}
+
+function clicked(event) {
+  const point = explorer.layers.length ? pointOf(event) : null;
+  if (!point) return;
+  explorer.pinned = true;
+  byId("follow").checked = false;
+  ask(point);
+}
+
+/** Asks for a patch, and draws only where it is another one. */
+function ask(point) {
+  const layer = explorer.layers[Number(byId("layer").value)];
+  const grid = layer.queryGrid ?? layer.grid;
+  const same = byId("asker").value === "patch" && explorer.query && cellAt(explorer.query, grid) === cellAt(point, grid);
+  explorer.query = point;
+  byId("asker").value = "patch";
+  return same ? undefined : drawAttention();
+}
+
+function movedByKey(event) {
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  if (!(event.key in steps) || !explorer.layers.length) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const layer = explorer.layers[Number(byId("layer").value)];
+  const [rows, columns] = layer.queryGrid ?? layer.grid;
+  const [down, right] = steps[event.key];
+  const move = (place, count, step) => Math.min(Math.max((Math.floor(place * count) + step + 0.5) / count, 0), 1 - 1e-6);
+  explorer.pinned = true;
+  byId("follow").checked = false;
+  ask({ u: move(explorer.query.u, columns, right), v: move(explorer.query.v, rows, down) });
+}
+
+// ------------------------------------------------------------------------------------------------ heads
+
+function buildHeads() {
+  const place = byId("heads-grid");
+  const most = Math.max(...explorer.layers.map((layer) => layer.heads));
+  place.style.gridTemplateColumns = `max-content repeat(${most}, max-content)`;
+  explorer.cells = [];
+  const parts = [element("span", {}, "layer"), ...Array.from({ length: most }, (_, head) => element("span", {}, `head ${head}`))];
+  explorer.layers.forEach((layer, index) => {
+    parts.push(element("span", {}, explorer.layers.length > 1 ? String(index) : "last"));
+    for (let head = 0; head < most; head++) {
+      if (head >= layer.heads) {
+        parts.push(element("span"));
+        continue;
+      }
+      const canvas = element("canvas");
+      const cell = element("button", { type: "button", "aria-label": `layer ${index}, head ${head}`, "aria-pressed": "false" }, canvas);
+      cell.addEventListener("click", () => {
+        byId("layer").value = String(index);
+        if (byId("direction").value === "rollout") byId("direction").value = "to";
+        fill("head", [[-1, "mean of all"], ...Array.from({ length: layer.heads }, (_, one) => [one, String(one)])], head);
+        drawAttention();
+      });
+      explorer.cells.push({ layer, index, head, canvas, cell });
+      parts.push(cell);
+    }
+  });
+  place.replaceChildren(...parts);
+}
+
+function drawHeads() {
+  const direction = byId("direction").value === "from" ? "from" : "to";
+  const chosen = byId("direction").value === "rollout" ? [-1, -1] : [Number(byId("layer").value), Number(byId("head").value)];
+  for (const { layer, index, head, canvas, cell } of explorer.cells) {
+    const grid = direction === "from" ? layer.queryGrid : layer.grid;
+    cell.setAttribute("aria-pressed", String(index === chosen[0] && (head === chosen[1] || chosen[1] === -1)));
+    if (!grid) continue;
+    const first = direction === "from" && layer.kind === "latent" ? 0 : layer.prefix.length;
+    const values = attended(layer, head, direction).subarray(first);
+    const { high } = rangeOf(values);
+    drawCells(canvas, values, grid, { low: 0, high: Math.max(high, 1e-12), flat: high <= 0, signed: false }, "attention");
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ classes
+
+async function openClassMaps(photo) {
+  const maps = photo.classMaps ?? [];
+  byId("class-maps").hidden = maps.length < 2;
+  if (maps.length < 2) return;
+  const names = maps.map((map, index) => [index, className(map.class)]);
+  fill("difference-a", names, 0);
+  fill("difference-b", names, 1);
+  const cards = maps.map((map) => {
+    const share = photo.top.find(([index]) => index === map.class)?.[1];
+    const words = `${className(map.class)}${share === undefined ? "" : ` ${percent(share)}`}${map.class === photo.truth ? ", true" : ""}`;
+    return classCard(photo, words);
+  });
+  const difference = classCard(photo, "");
+  difference.id = "difference-card";
+  byId("class-cards").replaceChildren(...cards, difference);
+  // One scale for all: what is brighter is more.
+  const values = await Promise.all(maps.map(valuesOf));
+  const all = values.filter(Boolean);
+  if (!all.length) return;
+  const scale = scaleOf({ low: Math.min(...all.map((map) => map.low)), high: Math.max(...all.map((map) => map.high)) });
+  cards.forEach((card, index) => drawMap(card.querySelector("canvas"), photo, values[index], { scale }));
+  await drawDifference();
+}
+
+function classCard(photo, words) {
+  const [width, height] = fitted(photo, 280, 240);
+  const canvas = element("canvas", { width, height, role: "img", "aria-label": words });
+  return element("div", { className: "card" }, canvas, element("div", { className: "text" }, words));
+}
+
+async function drawDifference() {
+  const { photo } = explorer;
+  const pair = ["difference-a", "difference-b"].map((id) => photo.classMaps[Number(byId(id).value)]);
+  const [one, other] = await Promise.all(pair.map(valuesOf));
+  const card = byId("difference-card");
+  if (!one || !other) return;
+  const values = one.values.map((value, index) => value - other.values[index]);
+  const map = { values, grid: one.grid, ...rangeOf(values) };
+  const most = Math.max(Math.abs(map.low), Math.abs(map.high));
+  const words = `red: more for ${className(pair[0].class)}, blue: more for ${className(pair[1].class)} (to ${short(most)})`;
+  const canvas = card.querySelector("canvas");
+  canvas.setAttribute("aria-label", words);
+  card.querySelector(".text").textContent = words;
+  await drawMap(canvas, photo, map, { scale: { low: -most, high: most, signed: true, flat: most === 0 } });
+}
