@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_attn.attribution.base import Explanation, explain, logits_of
+from vision_attn.attribution.base import METHODS, Explanation, explain, logits_of
+from vision_attn.capture import AttentionCapture, AttentionRecord
 from vision_attn.data.reading import read_image
 from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import UsageError
@@ -41,6 +42,8 @@ class Look:
         explanations: By method, of this photo alone.
         probabilities: (classes,), the softmaxed logits; None where the model has no classes.
         pixels: uint8 (3, h, w), the model's input before normalisation.
+        attention: The records of the batch that this photo was explained in, and its place there; None where they were
+            not asked for, or the first method sees none in a single pass.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Look:
     explanations: Mapping[str, Explanation]
     probabilities: Tensor | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
+    attention: tuple[Sequence[AttentionRecord], int] | None = field(default=None, repr=False)
     kept: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -74,6 +78,7 @@ def look(
     target: Target | Sequence[Target] = None,
     options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
+    keep_attention: bool = False,
 ) -> Iterator[Look]:
     """Yields the photos, explained, in order; those that cannot be read are entered into `damaged`.
 
@@ -87,6 +92,7 @@ def look(
         target: A class name or index, "predicted", or several in a sequence; the predicted class where left out.
         options: Of the methods, by name: "head_fusion" for every method that has it, "raw.layer" for one.
         batch_size: Photos a forward pass.
+        keep_attention: Keep the attention that the first method sees, where it sees any, so that nobody runs again.
 
     Raises:
         UsageError: a target or an option is unknown, or a method does not suit the model.
@@ -101,7 +107,9 @@ def look(
     photos = (photo for photo in read_ahead(paths, preprocessing, batch_size) if not is_damaged(photo, damaged))
     for batch in batches(photos, batch_size):
         images = preprocessing.normalize(torch.stack([photo.pixels for photo in batch]).to(device))
-        looks = _explained(model, images.contiguous(memory_format=memory_format), batch, methods, targets, classes)
+        looks = _explained(
+            model, images.contiguous(memory_format=memory_format), batch, methods, targets, classes, keep=keep_attention
+        )
         methods = _settled(methods, looks[0].explanations)
         yield from looks
 
@@ -150,24 +158,32 @@ def _explained(
     methods: Mapping[str, Mapping[str, Any]],
     targets: Sequence[int | None],
     classes: Sequence[str],
+    *,
+    keep: bool,
 ) -> list[Look]:
     """Returns a batch of photos, explained by all methods."""
+    first = next(iter(methods))
+    # Other methods run the model many times, or on other images.
+    keep = keep and METHODS.info(first)["needs"] in ("attention", "global attention")
+    records: list[AttentionRecord] = []
     with _seen_logits(model, images) as logits:
         if None in targets and len(targets) > 1:
             logits.run()
         asked = _asked(targets, len(batch), images.device, logits)
-        results = {
-            name: explain(
-                model,
-                images,
-                method=name,
-                target=asked,
-                layout=model.layout,  # type: ignore[arg-type]
-                geometry=[photo.geometry for photo in batch],
-                **given,
-            )
-            for name, given in methods.items()
-        }
+        results = {}
+        for name, given in methods.items():
+            with AttentionCapture(model, keep="queries_keys") if keep and name == first else nullcontext() as capture:
+                results[name] = explain(
+                    model,
+                    images,
+                    method=name,
+                    target=asked,
+                    layout=model.layout,  # type: ignore[arg-type]
+                    geometry=[photo.geometry for photo in batch],
+                    **given,
+                )
+            if capture is not None:
+                records = capture.records
         probabilities = logits.run().softmax(-1)
     top = probabilities.argmax(-1)
     chosen = top[:, None] if asked is None else asked.view(len(batch), -1)
@@ -185,6 +201,7 @@ def _explained(
                 explanations={name: _one(result, i) for name, result in results.items()},
                 probabilities=probabilities[i].cpu().clone() if classes else None,
                 pixels=photo.pixels,
+                attention=(records, i) if records else None,
                 kept=photo.image,
             )
         )

@@ -13,7 +13,7 @@ from vision_attn.attribution.tokens import find_layout, is_known
 from vision_attn.capture import AttentionRecord
 from vision_attn.errors import UsageError
 from vision_attn.layout import KeyPositions, TokenLayout
-from vision_attn.report.packing import LEVELS, Blobs, floats, quantised
+from vision_attn.report.packing import COARSE, FINE, Blobs, floats, quantised
 
 MOST_PLACES = 400
 """Places of a layer that are shown one by one; of more, neighbours are taken together."""
@@ -43,13 +43,16 @@ class LayerAttention:
     together: int = 1
 
 
-def attention_of(model: nn.Module, images: Tensor, *, last: bool) -> tuple[list[list[LayerAttention]], list[str]]:
+def attention_of(
+    model: nn.Module, images: Tensor, *, last: bool, records: Sequence[AttentionRecord] | None = None
+) -> tuple[list[list[LayerAttention]], list[str]]:
     """Returns the attention of every image, layer by layer, and what could not be shown.
 
     Args:
         model: Any model with attention.
         images: (B, 3, H, W), normalised, on the model's device.
         last: Of the last layer alone.
+        records: What was captured of the model on these images; where left out the model runs.
 
     Raises:
         AttentionNotFoundError: there is none.
@@ -59,7 +62,7 @@ def attention_of(model: nn.Module, images: Tensor, *, last: bool) -> tuple[list[
         layout = find_layout(model, images)
     found: list[list[LayerAttention]] = [[] for _ in images]
     notes: list[str] = []
-    records = captured(model, images)
+    records = captured(model, images) if records is None else records
     for record in reversed(records) if last else records:
         try:
             layers = _layers(model, images, record, layout)
@@ -153,25 +156,29 @@ def _cells(grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int], int]:
 
 
 def packed_attention(layers: Sequence[LayerAttention], blobs: Blobs, *, full: bool) -> dict[str, Any]:
-    """Returns the attention of a photo for the page."""
+    """Returns the attention of a photo for the page: what goes to prefix tokens as it is, what goes to cells in steps.
+
+    All layers in `FINE` steps; the last layer alone, which every photo has, in `COARSE` ones.
+    """
+    levels = FINE if full else COARSE
+    return {"full": full, "levels": levels, "layers": [_packed(layer, blobs, levels) for layer in layers]}
+
+
+def _packed(layer: LayerAttention, blobs: Blobs, levels: int) -> dict[str, Any]:
+    first = len(layer.prefix)
+    # A class token that takes nearly all of a row would leave no steps for the cells.
+    steps, largest = quantised(layer.weights[..., first:], levels)
     return {
-        "full": full,
-        "levels": LEVELS,
-        "layers": [
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "heads": len(layer.weights),
-                "queries": layer.weights.shape[1],
-                "keys": layer.weights.shape[2],
-                "grid": list(layer.grid),
-                "queryGrid": None if layer.query_grid is None else list(layer.query_grid),
-                "prefix": list(layer.prefix),
-                "together": layer.together,
-                "steps": blobs.add(steps.numpy().tobytes()),
-                "largest": blobs.add(floats(largest)),
-            }
-            for layer in layers
-            for steps, largest in [quantised(layer.weights)]
-        ],
+        "name": layer.name,
+        "kind": layer.kind,
+        "heads": len(layer.weights),
+        "queries": layer.weights.shape[1],
+        "keys": layer.weights.shape[2],
+        "grid": list(layer.grid),
+        "queryGrid": None if layer.query_grid is None else list(layer.query_grid),
+        "prefix": list(layer.prefix),
+        "together": layer.together,
+        "steps": blobs.add(steps.numpy().tobytes()),
+        "largest": blobs.add(floats(largest)),
+        "toPrefix": blobs.add(floats(layer.weights[..., :first])) if first else None,
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.attribution.base import METHODS, explain
+from vision_attn.capture import AttentionRecord
 from vision_attn.data.transforms import Preprocessing
 from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.files import is_taken, write_whole
@@ -109,7 +110,15 @@ def report_photos(
     maker = _Maker(model, methods, classes, photo_size, "none" if attention == "none" else attention)
     damaged: dict[Path, str] = {}
     with progress_bar("reporting", total=len(found), done=0, shown=progress) as step:
-        looks = look(model, list(found), damaged, method=tuple(methods), options=options, batch_size=batch_size)
+        looks = look(
+            model,
+            list(found),
+            damaged,
+            method=tuple(methods),
+            options=options,
+            batch_size=batch_size,
+            keep_attention=attention != "none",
+        )
         for batch in _batches(looks, batch_size):
             maker.enter(batch)
             step(len(maker.photos) + len(damaged))
@@ -121,7 +130,7 @@ def report_photos(
     maker.explore(explored)
     data = {
         "version": 1,
-        "title": title or f"{type(getattr(model, '_orig_mod', model)).__name__}: what it looks at",
+        "title": title or f"{_about_model(model, classes)['name']}: what it looks at",
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
         "versions": installed(),
@@ -168,6 +177,7 @@ class _Maker:
     notes: list[str] = field(default_factory=list)
     settled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     kept: list[tuple[Tensor, Geometry]] = field(default_factory=list)
+    gateless: bool = False
 
     def enter(self, looks: Sequence[Look]) -> None:
         """Takes a batch of explained photos."""
@@ -178,7 +188,13 @@ class _Maker:
             self.settled = {name: found.options for name, found in one.explanations.items()}
         if self.attention != "none":
             pixels = torch.stack([one.pixels for one in looks if one.pixels is not None])
-            self._attend(self._normalized(pixels), self.photos[-len(looks) :], full=self.attention == "full")
+            kept = looks[0].attention
+            self._attend(
+                self._normalized(pixels),
+                self.photos[-len(looks) :],
+                full=self.attention == "full",
+                records=kept[0] if kept else None,
+            )
 
     def explore(self, count: int) -> None:
         """Adds all layers, the maps of the likeliest classes and the gates to some photos."""
@@ -220,9 +236,16 @@ class _Maker:
             "gates": None,
         }
 
-    def _attend(self, images: Tensor, photos: Sequence[dict[str, Any]], *, full: bool) -> None:
+    def _attend(
+        self,
+        images: Tensor,
+        photos: Sequence[dict[str, Any]],
+        *,
+        full: bool,
+        records: Sequence[AttentionRecord] | None = None,
+    ) -> None:
         try:
-            found, notes = attention_of(self.model, images, last=not full)
+            found, notes = attention_of(self.model, images, last=not full, records=records)
         except (AttentionNotFoundError, UsageError) as error:
             self.attention = "none"
             return self._note(f"no attention is shown: {error}")
@@ -234,9 +257,12 @@ class _Maker:
         return None
 
     def _see_gates(self, images: Tensor, photo: dict[str, Any]) -> None:
+        if self.gateless:
+            return None
         try:
             rows = gate_rows(self.model, images)
         except (AttentionNotFoundError, UsageError) as error:
+            self.gateless = True
             return self._note(f"no gates are shown: {error}")
         photo["gates"] = [
             {

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVELS = 128
-"""Steps between 0 and a row's largest weight: rounding is off by 1/256 of it at most."""
+FINE, COARSE = 128, 64
+"""Steps between 0 and a row's largest weight: rounding is off by half a step at most, 1/256 and 1/128 of it."""
 
 
 @dataclass
@@ -33,13 +33,14 @@ class Blobs:
         return len(self.texts) - 1
 
 
-def quantised(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns weights in `LEVELS` steps of their row's largest, uint8 (..., K), and that, float32 (...).
+def quantised(weights: Tensor, levels: int = FINE) -> tuple[Tensor, Tensor]:
+    """Returns weights in steps of their row's largest, uint8 (..., K), and that, float32 (...).
 
-    What is read back, step / LEVELS x largest, differs by at most half a step: 1/256 of the row's largest.
+    What is read back, step / levels x largest, differs by at most half a step.
 
     Args:
         weights: (..., K), not negative.
+        levels: Steps from 0 to the row's largest, 255 at most.
 
     Example:
         >>> steps, largest = quantised(torch.tensor([0.5, 0.25, 0.0]))
@@ -48,7 +49,7 @@ def quantised(weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     weights = weights.float()
     largest = weights.amax(-1)
-    steps = (weights / largest.clamp(min=torch.finfo(torch.float32).tiny)[..., None] * LEVELS).round().byte()
+    steps = (weights / largest.clamp(min=torch.finfo(torch.float32).tiny)[..., None] * levels).round().byte()
     return steps, largest
 
 

@@ -89,9 +89,12 @@ function fillAnswers(photo) {
     return element("tr", {}, element("td", {}, className(index) + truth), element("td", {}, percent(share)), element("td", { className: "line" }, bar));
   });
   const body = element("table", { className: "answers", "aria-label": "Likeliest classes" }, ...rows);
-  const words = [`${photo.file}, ${photo.size[1]} x ${photo.size[0]} px.`];
-  if (photo.truth !== null) words.push(isRight(photo) ? "The answer is right." : `The answer is wrong: it is ${className(photo.truth)}.`);
-  byId("answers").replaceChildren(element("p", { className: isRight(photo) === false ? "wrong" : "note" }, words.join(" ")), ...(rows.length ? [body] : []));
+  const parts = rows.length ? [body] : [];
+  if (photo.truth !== null) {
+    const right = isRight(photo);
+    parts.unshift(element("p", { className: right ? "right" : "wrong" }, right ? "The answer is right." : `The answer is wrong: it is ${className(photo.truth)}.`));
+  }
+  byId("answers").replaceChildren(...parts, element("p", { className: "note" }, `${photo.file}, ${photo.size[1]} x ${photo.size[0]} px`));
 }
 
 // ------------------------------------------------------------------------------------------------ attention
@@ -114,12 +117,10 @@ async function openAttention(photo) {
     return;
   }
   const layers = await Promise.all(
-    found.layers.map(async (layer) => ({
-      ...layer,
-      levels: found.levels,
-      steps: await blob(layer.steps),
-      largest: new Float32Array((await blob(layer.largest)).slice().buffer),
-    })),
+    found.layers.map(async (layer) => {
+      const [steps, largest, toPrefix] = await Promise.all([layer.steps, layer.largest, layer.toPrefix].map((number) => (number === null ? null : blob(number))));
+      return { ...layer, weights: weightsOf(layer, found.levels, steps, floatsOf(largest), toPrefix && floatsOf(toPrefix)) };
+    }),
   );
   if (explorer.photo !== photo) return;
   explorer.layers = layers;
@@ -143,6 +144,22 @@ async function openAttention(photo) {
   await drawAttention();
 }
 
+function floatsOf(bytes) {
+  return new Float32Array(bytes.slice().buffer);
+}
+
+/** Returns the weights of a layer, heads x queries x keys. */
+function weightsOf({ heads, queries, keys, prefix }, levels, steps, largest, toPrefix) {
+  const first = prefix.length;
+  const weights = new Float32Array(heads * queries * keys);
+  for (let row = 0; row < heads * queries; row++) {
+    for (let k = 0; k < first; k++) weights[row * keys + k] = toPrefix[row * first + k];
+    const scale = largest[row] / levels;
+    for (let k = first; k < keys; k++) weights[row * keys + k] = steps[row * (keys - first) + k - first] * scale;
+  }
+  return weights;
+}
+
 function fill(id, options, chosen) {
   byId(id).replaceChildren(...options.map(([value, text]) => element("option", { value: String(value) }, text)));
   byId(id).value = String(chosen);
@@ -158,7 +175,7 @@ function prefixNames(layer) {
 }
 
 function notesOn(layers, found) {
-  const words = [`Values are kept in ${found.levels} steps of each row's largest: read back, they are off by less than 1/255 of it.`];
+  const words = [`Values are kept in ${found.levels} steps of each row's largest: they are off by at most 1/${2 * found.levels} of it.`];
   const together = Math.max(...layers.map((layer) => layer.together));
   if (together > 1) words.push(`Up to ${together} x ${together} neighbouring places are one cell: the mean of what they give, the sum of what they take.`);
   if (layers.some((layer) => layer.kind === "window")) words.push("Attention in windows is laid on the whole photo: a place attends to its window alone.");
@@ -199,19 +216,18 @@ function cellAt({ u, v }, [rows, columns]) {
 
 /** Returns what a head (all: -1) gives: weights over keys, for the queries that ask; or over queries, for a key. */
 function attended(layer, head, direction) {
-  const { heads, queries, keys, steps, largest, levels } = layer;
+  const { heads, queries, keys, weights } = layer;
   const from = direction === "from";
   const out = new Float32Array(from ? queries : keys);
   const chosen = head < 0 ? Array.from({ length: heads }, (_, index) => index) : [head];
   for (const [index, weight] of askersIn(layer, from)) {
+    const share = weight / chosen.length;
     for (const one of chosen) {
-      const share = weight / chosen.length / levels;
       if (from) {
-        for (let q = 0; q < queries; q++) out[q] += steps[(one * queries + q) * keys + index] * largest[one * queries + q] * share;
+        for (let q = 0; q < queries; q++) out[q] += weights[(one * queries + q) * keys + index] * share;
       } else {
         const start = (one * queries + index) * keys;
-        const scale = largest[one * queries + index] * share;
-        for (let k = 0; k < keys; k++) out[k] += steps[start + k] * scale;
+        for (let k = 0; k < keys; k++) out[k] += weights[start + k] * share;
       }
     }
   }
@@ -221,12 +237,10 @@ function attended(layer, head, direction) {
 /** Returns the heads' mean of a layer, (queries x keys), made once. */
 function meanOf(layer) {
   if (!layer.mean) {
-    const { heads, queries, keys, steps, largest, levels } = layer;
-    layer.mean = new Float32Array(queries * keys);
-    for (let row = 0; row < heads * queries; row++) {
-      const scale = largest[row] / levels / heads;
-      const to = (row % queries) * keys;
-      for (let k = 0; k < keys; k++) layer.mean[to + k] += steps[row * keys + k] * scale;
+    const size = layer.queries * layer.keys;
+    layer.mean = new Float32Array(size);
+    for (let head = 0; head < layer.heads; head++) {
+      for (let i = 0; i < size; i++) layer.mean[i] += layer.weights[head * size + i] / layer.heads;
     }
   }
   return layer.mean;
@@ -262,9 +276,8 @@ function sinksOf(layer, head) {
     const chosen = head < 0 ? Array.from({ length: layer.heads }, (_, index) => index) : [head];
     for (const one of chosen) {
       for (let q = first; q < layer.queries; q++) {
-        const row = one * layer.queries + q;
-        const scale = layer.largest[row] / layer.levels / chosen.length / (layer.queries - first);
-        for (let k = 0; k < layer.keys; k++) received[k] += layer.steps[row * layer.keys + k] * scale;
+        const start = (one * layer.queries + q) * layer.keys;
+        for (let k = 0; k < layer.keys; k++) received[k] += layer.weights[start + k] / chosen.length / (layer.queries - first);
       }
     }
     const bound = report.sinkTimes / layer.keys;
@@ -294,7 +307,7 @@ async function drawAttention() {
   const first = direction === "from" && layer.kind === "latent" ? 0 : layer.prefix.length;
   const values = whole.subarray(first);
   const map = { values, grid, ...rangeOf(values) };
-  const scale = { low: 0, high: Math.max(map.high, 1e-12), signed: false, flat: map.high <= 0 };
+  const scale = { low: 0, high: Math.max(map.high, 1e-12), signed: false, flat: false };
   explorer.shown = { whole, values, grid, first, layer, head, rollout, direction };
   const canvas = byId("attention-canvas");
   await drawMap(canvas, photo, map, { strength: 0.75, kind: "attention", smooth: false, scale });
@@ -451,7 +464,7 @@ function drawHeads() {
     const first = direction === "from" && layer.kind === "latent" ? 0 : layer.prefix.length;
     const values = attended(layer, head, direction).subarray(first);
     const { high } = rangeOf(values);
-    drawCells(canvas, values, grid, { low: 0, high: Math.max(high, 1e-12), flat: high <= 0, signed: false }, "attention");
+    drawCells(canvas, values, grid, { low: 0, high: Math.max(high, 1e-12), flat: false, signed: false }, "attention");
   }
 }
 
