@@ -2,7 +2,8 @@
 
 Python blocks are executed, sharing one namespace a page. Commands of console blocks are carried out; those of `PARSED`
 cannot be here, and are read by the command's own parser, as are those of `SLOW` in the quick tests. YAML is
-read as a run's config, and its photos and network are made. A block without a language shows what is printed or written, and is not run.
+read as a run's config, and its photos and network are made. A block without a language shows what is printed or
+written, and is not run.
 """
 
 import configparser
