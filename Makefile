@@ -1,9 +1,9 @@
-# `make demo` and `make test` need Python 3.11 or later and nothing else: each sets up its environment in $(VENV) first.
+# Each of these needs Python 3.11 or later and nothing else: it sets up its environment in $(VENV) first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup
+.PHONY: demo test check docs setup
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python scripts/demo.py
@@ -13,6 +13,9 @@ test: $(VENV)/dev.stamp
 
 check: $(VENV)/dev.stamp
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+docs: $(VENV)/docs.stamp
+	PATH="$(abspath $(BIN)):$$PATH" scripts/docs
 
 setup: $(VENV)/dev.stamp
 
@@ -26,4 +29,8 @@ $(VENV)/run.stamp: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@ $(VENV)/run.stamp
+
+$(VENV)/docs.stamp: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	touch $@ $(VENV)/run.stamp
