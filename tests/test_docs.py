@@ -60,6 +60,7 @@ SLOW = (
     "vision-attn explain runs/mine/export photos --sheet",
     "vision-attn explain tf_efficientnet_lite0",
     "vision-attn export",
+    "vision-attn report",
     "vision-attn test",
 )
 # Commands that show how an error is told: the exit code is 2, and this is said.

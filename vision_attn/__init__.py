@@ -38,6 +38,7 @@ _PUBLIC = {
     "load_model": "vision_attn.models.factory",
     "open_model": "vision_attn.models.factory",
     "overlay": "vision_attn.viz.overlay",
+    "report_photos": "vision_attn.report",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -15,10 +15,10 @@ function coloursOf(scale, kind = "heat") {
   return report.colours[scale.signed ? "signed" : kind][1];
 }
 
-/** Returns the size in pixels at which a photo fits into a box, without growing much beyond its own. */
+/** Returns the size in pixels at which a photo fits into a box; a large photo grows to twice its own, a small one more. */
 function fitted(photo, width, height) {
   const [rows, columns] = photo.shown;
-  const share = Math.min(width / columns, height / rows, 2);
+  const share = Math.min(width / columns, height / rows, Math.max(2, 420 / Math.max(rows, columns)));
   return [Math.max(1, Math.round(columns * share)), Math.max(1, Math.round(rows * share))];
 }
 

@@ -140,6 +140,7 @@ async function openAttention(photo) {
   byId("follow").checked = true;
   byId("explored-note").textContent = found.full ? "" : "of this photo the last layer is kept; --explored N keeps all layers of more photos";
   byId("attention-notes").textContent = notesOn(layers, found);
+  byId("attention-marks").textContent = "";
   buildHeads();
   await drawAttention();
 }
@@ -368,10 +369,10 @@ function drawMarks(canvas, layer, head, grid, rollout) {
   if (byId("asker").value === "patch" && layer.queryGrid) box(cellAt(explorer.query, layer.queryGrid), layer.queryGrid, "#ffffff", []);
   const tokens = rollout ? [] : sinksOf(layer, head).filter((key) => key < layer.prefix.length);
   const words = [];
-  if (sinks.length) words.push(`${sinks.length} ${sinks.length === 1 ? "patch is a sink" : "patches are sinks"} here (dashed): they take over ${report.sinkTimes} times the even share`);
-  if (tokens.length) words.push(`sinks, too: ${tokens.map((key) => prefixNames(layer)[key]).join(", ")}`);
-  byId("attention-canvas").title = words.join("; ");
-  byId("heads-hint").textContent = [`What each head of each layer shows for the same question. Press one to see it large.`, ...words.map((text) => `${text}.`)].join(" ");
+  const over = `over ${report.sinkTimes} times the even share`;
+  if (sinks.length) words.push(sinks.length === 1 ? `One patch is a sink here (dashed): it takes ${over}.` : `${sinks.length} patches are sinks here (dashed): each takes ${over}.`);
+  if (tokens.length) words.push(`Also sinks: ${tokens.map((key) => prefixNames(layer)[key]).join(", ")}.`);
+  byId("attention-marks").textContent = words.join(" ");
 }
 
 function pointOf(event) {
