@@ -7,10 +7,11 @@ python scripts/screenshots.py report.html docs/images
 import argparse
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-SHOTS = (
+SHOTS: tuple[tuple[str, int, int, Literal["light", "dark"]], ...] = (
     ("gallery", 1280, 900, "light"),
     ("gallery", 360, 760, "dark"),
     ("explorer", 1280, 1180, "dark"),
