@@ -15,6 +15,7 @@ from PIL import Image
 from test_rollout import brightness_vit
 
 from vision_attn.attribution import explain
+from vision_attn.capture import AttentionCapture
 from vision_attn.cli import main
 from vision_attn.data.transforms import Preprocessing, eval_transforms
 from vision_attn.errors import UsageError
@@ -165,11 +166,21 @@ def test_windows_are_laid_on_the_whole_image():
 
 
 def test_of_many_places_neighbours_are_taken_together():
+    torch.manual_seed(0)
     model = create_model("va_vit_micro_stem8_64", num_classes=3, image_size=(176, 176)).eval()  # 22 x 22 patches
-    ((layer,),), _ = attention_of(model, torch.randn(1, 3, 176, 176), last=True)
-    assert layer.grid == (11, 11) and layer.together == 2
-    assert layer.weights.shape[-1] == len(layer.prefix) + 121
+    images = torch.randn(1, 3, 176, 176)
+    ((layer,),), _ = attention_of(model, images, last=True)
+    first = len(layer.prefix)
+    assert layer.grid == (20, 20) and layer.together == 1.1
     torch.testing.assert_close(layer.weights.sum(-1), torch.ones(layer.weights.shape[:-1]))
+    # Each patch is cut into 20 x 20 pieces, of which 22 x 22 are a cell.
+    with AttentionCapture(model) as capture, torch.no_grad():
+        model(images)
+    patches = capture.records[-1].weights[0, 0, first:, first:].view(22, 22, 22, 22)
+    pieces = patches.repeat_interleave(20, 2).repeat_interleave(20, 3) / 400
+    keys = pieces.view(22, 22, 20, 22, 20, 22).sum((3, 5))
+    queries = keys.repeat_interleave(20, 0).repeat_interleave(20, 1).view(20, 22, 20, 22, 20, 20).mean((1, 3))
+    torch.testing.assert_close(layer.weights[0, first:, first:].view(20, 20, 20, 20), queries, atol=1e-7, rtol=1e-4)
 
 
 def test_a_token_that_takes_nearly_all_leaves_the_others_their_steps():

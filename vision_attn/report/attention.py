@@ -1,5 +1,6 @@
 """Attention as a page can hold it: every layer and head, from places to places, on a grid a person can point at."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class LayerAttention:
         query_grid: The same of the queries; None where queries are no places (a latent that pools).
         prefix: Names of the tokens before the cells, in keys and queries.
         kind: "global", "window" (or other attention of positions known from the model), or "latent".
-        together: Places in a cell along a side, 1 where each has its own.
+        together: Places in a cell along a side, about; 1 where each has its own.
     """
 
     name: str
@@ -40,7 +41,7 @@ class LayerAttention:
     query_grid: tuple[int, int] | None
     prefix: tuple[str, ...] = ()
     kind: str = "global"
-    together: int = 1
+    together: float = 1.0
 
 
 def attention_of(
@@ -107,52 +108,99 @@ def _unmerged(weights: Tensor, merged: Tensor) -> Tensor:
 
 
 def _global(name: str, weights: Tensor, layout: TokenLayout) -> LayerAttention:
-    prefix, grid = layout.num_prefix, layout.grid
-    cells, coarse, side = _cells(grid)
-    if side > 1:
-        index = torch.cat([torch.arange(prefix), cells + prefix])
-        total = prefix + coarse[0] * coarse[1]
-        weights = torch.zeros(*weights.shape[:-1], total).index_add_(-1, index, weights)
     latent = weights.shape[-2] != layout.num_tokens
-    if side > 1 and not latent:
-        counts = torch.bincount(index, minlength=total)
-        summed = torch.zeros(len(weights), total, total).index_add_(1, index, weights)
-        weights = summed / counts[:, None]
+    cells = _Cells.of(layout.grid)
+    weights = cells.pooled(weights, layout.num_prefix, queries=not latent)
     kind = "latent" if latent else "global"
-    return LayerAttention(name, weights, coarse, None if latent else coarse, layout.prefix, kind, side)
+    return LayerAttention(
+        name, weights, cells.coarse, None if latent else cells.coarse, layout.prefix, kind, cells.together
+    )
 
 
 def _placed(name: str, weights: Tensor, positions: KeyPositions) -> LayerAttention:
     """Returns attention in windows (W, h, Q, K), or to pooled keys, on grids of the whole image."""
     assert positions.keys is not None
-    key_cells, grid, side = _cells(positions.grid)
-    queries, query_grid = positions.queries, positions.query_grid or positions.grid
     heads, num_queries = weights.shape[1:3]
+    keys_on, queries_on = _Cells.of(positions.grid), _Cells.of(positions.query_grid or positions.grid)
+    to_key, key_count = keys_on.index()
     keys = positions.keys if positions.keys.dim() == 3 else positions.keys[:, None].expand(-1, num_queries, -1)
-    to = torch.where(keys >= 0, key_cells[keys.clamp(min=0)], grid[0] * grid[1])  # the last column is none of them
-    if queries is None:
-        rows, coarse, own = torch.arange(num_queries).expand(len(weights), -1), None, num_queries
+    to = torch.where(keys >= 0, to_key[keys.clamp(min=0)], key_count)  # the last column is none of them
+    if positions.queries is None:
+        rows, own = torch.arange(num_queries).expand(len(weights), -1), num_queries
     else:
-        query_cells, coarse, _ = _cells(query_grid)
-        own = coarse[0] * coarse[1]
-        rows = torch.where(queries >= 0, query_cells[queries.clamp(min=0)], own)
-    columns = grid[0] * grid[1] + 1
+        to_query, own = queries_on.index()
+        rows = torch.where(positions.queries >= 0, to_query[positions.queries.clamp(min=0)], own)
+    columns = key_count + 1
     index = (rows[..., None] * columns + to).flatten()
     flat = weights.transpose(0, 1).flatten(1)
     summed = torch.zeros(heads, (own + 1) * columns).index_add_(1, index, flat).view(heads, own + 1, columns)
     counts = torch.bincount(rows.flatten(), minlength=own + 1).clamp(min=1)
-    shown = (summed / counts[:, None])[:, :own, : columns - 1]
-    return LayerAttention(name, shown, grid, coarse, (), "window" if coarse else "latent", side)
+    shown = (summed / counts[:, None])[:, :own, :key_count]
+    if not keys_on.even:
+        shown = shown @ keys_on.shares()
+    if positions.queries is not None and not queries_on.even:
+        shares = queries_on.shares()
+        shown = (shares / shares.sum(0)).T @ shown
+    asking = None if positions.queries is None else queries_on.coarse
+    return LayerAttention(name, shown, keys_on.coarse, asking, (), "window" if asking else "latent", keys_on.together)
 
 
-def _cells(grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int], int]:
-    """Returns the cell of each place of a grid, the grid of cells, and how many places a cell has along a side."""
-    side = 1
-    while -(-grid[0] // side) * -(-grid[1] // side) > MOST_PLACES:
-        side += 1
-    coarse = -(-grid[0] // side), -(-grid[1] // side)
-    rows, columns = torch.arange(grid[0]) // side, torch.arange(grid[1]) // side
-    return (rows[:, None] * coarse[1] + columns).flatten(), coarse, side
+@dataclass(frozen=True)
+class _Cells:
+    """Places of a grid, taken together to `MOST_PLACES` cells at most, all of one size: a place may lie in several."""
+
+    grid: tuple[int, int]
+    coarse: tuple[int, int]
+
+    @classmethod
+    def of(cls, grid: tuple[int, int]) -> "_Cells":
+        share = min(1.0, math.sqrt(MOST_PLACES / (grid[0] * grid[1])))
+        rows, columns = (_side(length, max(1, int(length * share + 1e-9))) for length in grid)
+        return cls(grid, (rows, columns))
+
+    @property
+    def together(self) -> float:
+        return round(max(self.grid[0] / self.coarse[0], self.grid[1] / self.coarse[1]), 1)
+
+    @property
+    def even(self) -> bool:
+        """Whether each place lies in one cell."""
+        return self.grid[0] % self.coarse[0] == 0 and self.grid[1] % self.coarse[1] == 0
+
+    def index(self) -> tuple[Tensor, int]:
+        """Returns the cell of each place and their number; each place is its own where cells are not even."""
+        if not self.even:
+            count = self.grid[0] * self.grid[1]
+            return torch.arange(count), count
+        rows = torch.arange(self.grid[0]) // (self.grid[0] // self.coarse[0])
+        columns = torch.arange(self.grid[1]) // (self.grid[1] // self.coarse[1])
+        return (rows[:, None] * self.coarse[1] + columns).flatten(), self.coarse[0] * self.coarse[1]
+
+    def shares(self) -> Tensor:
+        """Returns how much of each place lies in each cell, (places, cells); a place's shares sum to 1."""
+        rows, columns = (_overlaps(length, count) for length, count in zip(self.grid, self.coarse, strict=True))
+        return torch.einsum("ic,jd->ijcd", rows, columns).flatten(2).flatten(0, 1)
+
+    def pooled(self, weights: Tensor, prefix: int, *, queries: bool) -> Tensor:
+        """Returns attention among tokens (h, Q, K), the sum over keys and the mean over queries of a cell."""
+        if self.coarse == self.grid:
+            return weights
+        shares = torch.block_diag(torch.eye(prefix), self.shares())
+        weights = weights @ shares
+        return (shares / shares.sum(0)).T @ weights if queries else weights
+
+
+def _side(length: int, most: int) -> int:
+    """Returns into how many cells a side is cut: `most`, or a little fewer where that cuts between places."""
+    even = max(count for count in range(1, most + 1) if length % count == 0)
+    return even if even >= 0.6 * most else most
+
+
+def _overlaps(length: int, count: int) -> Tensor:
+    """Returns the share of each of `length` places of a side in each of `count` cells."""
+    start = torch.arange(length, dtype=torch.float64)[:, None]
+    low, high = (torch.arange(count + 1, dtype=torch.float64) * length / count).unfold(0, 2, 1).unbind(1)
+    return (torch.minimum(start + 1, high) - torch.maximum(start, low)).clamp(min=0).float()
 
 
 def packed_attention(layers: Sequence[LayerAttention], blobs: Blobs, *, full: bool) -> dict[str, Any]:

@@ -178,7 +178,7 @@ function prefixNames(layer) {
 function notesOn(layers, found) {
   const words = [`Values are kept in ${found.levels} steps of each row's largest: they are off by at most 1/${2 * found.levels} of it.`];
   const together = Math.max(...layers.map((layer) => layer.together));
-  if (together > 1) words.push(`Up to ${together} x ${together} neighbouring places are one cell: the mean of what they give, the sum of what they take.`);
+  if (together > 1) words.push(`About ${together} x ${together} neighbouring places are one cell: the mean of what they give, the sum of what they take.`);
   if (layers.some((layer) => layer.kind === "window")) words.push("Attention in windows is laid on the whole photo: a place attends to its window alone.");
   const missing = report.notes.filter((note) => note.startsWith("not shown"));
   return [...words, ...missing].join(" ");
