@@ -346,7 +346,8 @@ class Opened:
         return route.continue_() if len(self.asked) == 1 else route.abort()
 
     def pixels(self, selector):
-        """A canvas as (H, W, 3)."""
+        """A canvas as (H, W, 3), when nothing is left to draw."""
+        self.page.wait_for_function("s => document.querySelector(s).width > 1 && unfinished === 0", arg=selector)
         found = self.page.evaluate(
             "selector => { const c = document.querySelector(selector);"
             " return [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]; }",
@@ -362,13 +363,6 @@ def opened(browser, written):
     page.context.close()
     assert page.said == [], "errors in the console"
     assert len(page.asked) == 1, "the page asked for something"
-
-
-def drawn(opened, selector):
-    """Waits until a canvas is drawn, and returns its pixels."""
-    opened.page.wait_for_function("selector => document.querySelector(selector).width > 1", arg=selector)
-    opened.page.wait_for_timeout(250)
-    return opened.pixels(selector)
 
 
 def test_names_are_text_and_nothing_runs(opened):
@@ -401,40 +395,40 @@ def test_filters_and_the_confusion_matrix_count_right(opened):
 
 def test_sliders_methods_and_keys_change_the_pixels(opened):
     page = opened.page
-    first = drawn(opened, ".card canvas")
+    first = opened.pixels(".card canvas")
     page.locator("#strength").fill("100")
-    page.wait_for_timeout(200)
     strong = opened.pixels(".card canvas")
     assert np.abs(strong - first).mean() > 5
     page.keyboard.press("Tab")
     page.locator(".card").first.focus()
     page.keyboard.down(" ")
-    page.wait_for_timeout(200)
     bare = opened.pixels(".card canvas")
     assert np.ptp(bare, axis=2).max() <= 12  # the photo itself is grey
     page.keyboard.up(" ")
-    page.wait_for_timeout(200)
     np.testing.assert_array_equal(opened.pixels(".card canvas"), strong)
     page.keyboard.press("m")
     assert page.input_value("#method") == "1"
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    page.wait_for_timeout(300)
-    assert page.is_visible("#explorer") and page.input_value("#photo") == "1"
+    page.wait_for_selector("#explorer", state="visible")
+    assert page.input_value("#photo") == "1"
     page.keyboard.press("Escape")
-    assert page.is_visible("#gallery")
+    page.wait_for_selector("#gallery", state="visible")
 
 
 def test_hovering_a_patch_lights_the_shape_and_shows_its_numbers(opened, photos):
     page = opened.page
     page.locator(".card").first.click()
-    drawn(opened, "#attention-canvas")
+    opened.pixels("#attention-canvas")
     box = page.locator("#attention-canvas").bounding_box()
     row, column = SQUARE
 
     def hover(r, c):
         page.mouse.move(box["x"] + (c + 0.5) / 8 * box["width"], box["y"] + (r + 0.5) / 6 * box["height"])
-        page.wait_for_timeout(200)
+        page.wait_for_function(
+            "words => document.querySelector('#attention-words').textContent.includes(words)",
+            arg=f"row {r}, column {c} attends most to the patch in row {row}, column {column}",
+        )
 
     for asked in ((row, column), (4, 0)):
         hover(*asked)
@@ -442,16 +436,13 @@ def test_hovering_a_patch_lights_the_shape_and_shows_its_numbers(opened, photos)
         height, width = pixels.shape[0] // 6, pixels.shape[1] // 8
         cells = pixels[: height * 6, : width * 8].reshape(6, height, 8, width)[:, 6:-6, :, 6:-6].mean((1, 3))
         assert np.unravel_index(cells.argmax(), cells.shape) == SQUARE
-        assert f"row {asked[0]}, column {asked[1]} attends most to the patch in row {row}, column {column}" in (
-            page.inner_text("#attention-words")
-        )
     assert page.input_value("#asker") == "patch"
 
 
 def test_what_the_page_computes_is_what_the_library_computes(opened, photos):
     page = opened.page
     page.locator(".card").first.click()
-    drawn(opened, "#attention-canvas")
+    opened.pixels("#attention-canvas")
     model = seeing_vit()
     path = sorted((photos / "dark").iterdir())[0]
     pixels, _ = model.preprocessing(np.asarray(Image.open(path).convert("RGB")))
@@ -473,7 +464,7 @@ def test_nothing_is_wider_than_the_window(browser, written, width):
     page = Opened(browser, written, viewport={"width": width, "height": 800})
     for tab in ("gallery", "explorer", "blocks", "trust", "run"):
         page.page.click(f"#tab-{tab}")
-        page.page.wait_for_timeout(100)
+        page.page.wait_for_function("unfinished === 0")
         assert page.page.evaluate("document.documentElement.scrollWidth") <= width, tab
     page.context.close()
     assert page.said == []

@@ -1,5 +1,15 @@
 // Maps on photos. Colour stands for the map alone: under it the photo is grey. What the model did not see is dark and striped.
 
+let unfinished = 0; // drawings under way: the page stands still when there are none
+
+/** Returns an asynchronous task that counts as unfinished until it ends. */
+function counted(task) {
+  return (...given) => {
+    unfinished += 1;
+    return task(...given).finally(() => (unfinished -= 1));
+  };
+}
+
 /** Returns the range that the colours of a map cover; about zero where it has both signs. */
 function scaleOf(map) {
   const signed = map.low < 0 && map.high > 0;

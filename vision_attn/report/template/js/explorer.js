@@ -34,7 +34,7 @@ function stepPhoto(step) {
 }
 
 /** Shows a photo in the explorer; and the explorer, unless told otherwise. */
-async function openPhoto(photo, show = true) {
+const openPhoto = counted(async (photo, show = true) => {
   explorer.photo = photo;
   if (show) showTab("explorer");
   byId("photo").value = String(report.photos.indexOf(photo));
@@ -44,7 +44,7 @@ async function openPhoto(photo, show = true) {
   fillMapChoice(photo);
   fillAnswers(photo);
   await Promise.all([drawMapPanel(), openAttention(photo), openClassMaps(photo)]);
-}
+});
 
 // ------------------------------------------------------------------------------------------------ the answer
 
@@ -65,7 +65,7 @@ function chosenMap() {
   return from[Number(value.slice(1))];
 }
 
-async function drawMapPanel() {
+const drawMapPanel = counted(async () => {
   const photo = explorer.photo;
   if (!photo || byId("explorer").hidden) return;
   const map = chosenMap();
@@ -79,7 +79,7 @@ async function drawMapPanel() {
   await drawMap(canvas, photo, gallery.bare ? null : values, { strength: byId("map-strength").value / 100 });
   if (values) showScale(byId("map-scale"), scaleOf(values), `${method.name}${of}; this map, lowest to highest`);
   else byId("map-scale").replaceChildren(`${method.name} gave values that are not numbers: nothing is drawn`);
-}
+});
 
 function fillAnswers(photo) {
   const rows = photo.top.map(([index, share]) => {
@@ -99,7 +99,7 @@ function fillAnswers(photo) {
 
 // ------------------------------------------------------------------------------------------------ attention
 
-async function openAttention(photo) {
+const openAttention = counted(async (photo) => {
   const found = photo.attention;
   byId("attention-controls").hidden = !found;
   byId("heads").hidden = !found;
@@ -143,7 +143,7 @@ async function openAttention(photo) {
   byId("attention-marks").textContent = "";
   buildHeads();
   await drawAttention();
-}
+});
 
 function floatsOf(bytes) {
   return new Float32Array(bytes.slice().buffer);
@@ -287,7 +287,7 @@ function sinksOf(layer, head) {
   return layer.sinks.get(head);
 }
 
-async function drawAttention() {
+const drawAttention = counted(async () => {
   const { photo, layers } = explorer;
   if (!photo || !layers.length || byId("explorer").hidden) return;
   const layer = layers[Number(byId("layer").value)];
@@ -316,7 +316,7 @@ async function drawAttention() {
   showScale(byId("attention-scale"), scale, "share of the attention; this view, 0 to its highest", "attention");
   byId("attention-words").textContent = wordsOn(whole, values, grid, first, layer, direction);
   drawHeads();
-}
+});
 
 function whoAsks(layer) {
   const asker = byId("asker").value;
@@ -471,7 +471,7 @@ function drawHeads() {
 
 // ------------------------------------------------------------------------------------------------ classes
 
-async function openClassMaps(photo) {
+const openClassMaps = counted(async (photo) => {
   const maps = photo.classMaps ?? [];
   byId("class-maps").hidden = maps.length < 2;
   if (maps.length < 2) return;
@@ -493,7 +493,7 @@ async function openClassMaps(photo) {
   const scale = scaleOf({ low: Math.min(...all.map((map) => map.low)), high: Math.max(...all.map((map) => map.high)) });
   cards.forEach((card, index) => drawMap(card.querySelector("canvas"), photo, values[index], { scale }));
   await drawDifference();
-}
+});
 
 function classCard(photo, words) {
   const [width, height] = fitted(photo, 280, 240);
@@ -501,7 +501,7 @@ function classCard(photo, words) {
   return element("div", { className: "card" }, canvas, element("div", { className: "text" }, words));
 }
 
-async function drawDifference() {
+const drawDifference = counted(async () => {
   const { photo } = explorer;
   const pair = ["difference-a", "difference-b"].map((id) => photo.classMaps[Number(byId(id).value)]);
   const [one, other] = await Promise.all(pair.map(valuesOf));
@@ -515,4 +515,4 @@ async function drawDifference() {
   canvas.setAttribute("aria-label", words);
   card.querySelector(".text").textContent = words;
   await drawMap(canvas, photo, map, { scale: { low: -most, high: most, signed: true, flat: most === 0 } });
-}
+});

@@ -99,13 +99,13 @@ function cardOf(photo) {
   return card;
 }
 
-async function drawCard(card) {
+const drawCard = counted(async (card) => {
   const canvas = card.querySelector("canvas");
   const [width, height] = fitted(card.photo, 300, 240);
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const map = gallery.bare ? null : await valuesOf(card.photo.maps[gallery.method]);
   await drawMap(canvas, card.photo, map, { strength: gallery.strength });
-}
+});
 
 function redrawCards() {
   cardsInView.forEach(drawCard);
