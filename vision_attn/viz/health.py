@@ -14,7 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from vision_attn.errors import UsageError
-from vision_attn.viz.plots import RIGHT, WRONG, save_figure
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.letters import plain
+from vision_attn.viz.plots import RIGHT, WRONG
 
 Array = NDArray[np.floating]
 
@@ -107,7 +109,7 @@ def health_figure(path: str | os.PathLike[str], view: HealthView, *, title: str 
     parts: Any = figure.subfigures(2, 1, height_ratios=(12.6, max(0.01, inches - 12.6)))
     name = f"Attention of {view.model}, {view.images:,} photo{'s' * (view.images != 1)}" if title is None else title
     pictures, words = parts
-    figure.suptitle(_plain(name), fontweight="bold", fontsize=13)
+    figure.suptitle(plain(name), fontweight="bold", fontsize=13)
     panels: list[tuple[str, str, Callable[[Axes, HealthView], None]]] = [
         ("how far heads look", "distance", _draw_distance),
         ("how evenly heads look", "", _draw_entropy),
@@ -125,7 +127,7 @@ def health_figure(path: str | os.PathLike[str], view: HealthView, *, title: str 
             _say(axes, f"not defined: {view.undefined[needs]}")
         else:
             draw(axes, view)
-    words.text(0.01, 1.0, "\n".join(map(_plain, remarks)), va="top", fontsize=10, linespacing=1.35)
+    words.text(0.01, 1.0, "\n".join(map(plain, remarks)), va="top", fontsize=10, linespacing=1.35)
     return save_figure(figure, path)
 
 
@@ -351,14 +353,9 @@ def _say(axes: Axes, text: str) -> None:
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.set_facecolor("#f4f4f4")
-    lines = textwrap.fill(_plain(text), 44, max_lines=8, placeholder=" …")
+    lines = textwrap.fill(plain(text), 44, max_lines=8, placeholder=" …")
     axes.text(0.5, 0.5, lines, transform=axes.transAxes, ha="center", va="center", color=_GREY, fontsize=10)
 
 
 def _wrapped(remark: str) -> list[str]:
     return textwrap.wrap(remark, _WIDTH, initial_indent="• ", subsequent_indent="   ")
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands."""
-    return text.replace("$", r"\$")

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vision_attn.errors import UsageError
-from vision_attn.viz.plots import save_figure
+from vision_attn.viz.files import save_figure
 
 # Okabe and Ito 2008, without the yellow that is lost on white; then the same colours dotted.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -25,8 +25,10 @@ from vision_attn.files import write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.registry import unknown
 from vision_attn.viz.colorbar import UNSEEN, font_file, legend
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.letters import plain
 from vision_attn.viz.overlay import DrawnMap, Style, draw_map
-from vision_attn.viz.plots import RIGHT, VALIDATION, WRONG, Panel, picture_grid, save_figure
+from vision_attn.viz.plots import RIGHT, VALIDATION, WRONG, Panel, picture_grid
 from vision_attn.viz.scale import Map, Scale, as_array, find_scale
 
 ScaleName = Literal["shared", "raw", "own"]
@@ -240,7 +242,7 @@ def movement_curves(
     axes.set_xlabel("epoch")
     axes.set_ylabel("rank correlation of the maps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    axes.set_title((title or "how attention moved").replace("$", r"\$"), loc="left")
+    axes.set_title(plain(title or "how attention moved"), loc="left")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
