@@ -132,11 +132,24 @@ def health_figure(path: str | os.PathLike[str], view: HealthView, *, title: str 
 
 
 def _draw_distance(axes: Axes, view: HealthView) -> None:
-    _dots(axes, view.distance, view.errors.get("distance"))
-    _even(axes, view.uniform_distance)
-    axes.set_ylabel("mean distance (pixels)")
-    axes.set_ylim(0, 1.1 * float(max(np.nanmax(view.distance), np.nanmax(view.uniform_distance))))
+    draw_distance(axes, view.distance, view.uniform_distance, view.errors.get("distance"))
     _legend(axes)
+
+
+def draw_distance(axes: Axes, distance: Array, even: Array, errors: Array | None, *, thickness: float = 1.0) -> None:
+    """Draws how far heads look into a panel: a dot a head, the layers' means, and what even attention gives.
+
+    Args:
+        axes: The panel.
+        distance: (L, h) in pixels, NaN where a layer has fewer heads or is not defined.
+        even: (L,) that of even attention.
+        errors: (L, h) standard errors, None where they are not known.
+        thickness: What the widths of lines and dots are multiplied with.
+    """
+    _dots(axes, distance, errors, thickness=thickness)
+    _even(axes, even, thickness=thickness)
+    axes.set_ylabel("mean distance (pixels)")
+    axes.set_ylim(0, 1.1 * float(max(np.nanmax(distance), np.nanmax(even))))
 
 
 def _draw_locality(axes: Axes, view: HealthView) -> None:
@@ -285,6 +298,7 @@ def _dots(
     marker: str = "o",
     line: str = "-",
     faint: bool = False,
+    thickness: float = 1.0,
 ) -> None:
     """A dot for each column of a table (L, columns), their standard errors, and the layers' means as a line."""
     layers, columns = table.shape
@@ -295,23 +309,28 @@ def _dots(
     there = ~np.isnan(table)
     if errors is not None and (~np.isnan(errors)).any():
         ends = np.nan_to_num(1.96 * errors[there])
-        axes.errorbar(x[there], table[there], yerr=ends, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.7)
+        axes.errorbar(
+            x[there], table[there], yerr=ends, fmt="none", ecolor=colour, elinewidth=0.8 * thickness, alpha=0.7
+        )
         label += " (95 % interval)"
-    size, alpha = (8, 0.3) if faint else (18, 0.75)
+    size, alpha = (8, 0.3) if faint else (18 * thickness**2, 0.75)
     axes.scatter(x[there], table[there], s=size, marker=marker, color=colour, alpha=alpha, linewidths=0, label=label)
     rows = there.any(1)
     means = [float(row[known].mean()) for row, known in zip(table[rows], there[rows], strict=True)]
-    axes.plot(np.arange(layers)[rows], means, color=colour, linestyle=line, linewidth=1.3, label="mean of the layer")
+    axes.plot(
+        np.arange(layers)[rows], means, color=colour, linestyle=line, linewidth=1.3 * thickness,
+        label="mean of the layer",
+    )  # fmt: skip
     _depth(axes, layers, "layer")
 
 
-def _even(axes: Axes, values: Array, *, label: str = "even attention") -> None:
+def _even(axes: Axes, values: Array, *, label: str = "even attention", thickness: float = 1.0) -> None:
     """A dashed line at what even attention gives."""
     layers = np.arange(len(values))
     if len(values) == 1:
-        axes.axhline(float(values[0]), color=_GREY, linestyle=":", linewidth=1.2, label=label)
+        axes.axhline(float(values[0]), color=_GREY, linestyle=":", linewidth=1.5 * thickness, label=label)
     else:
-        axes.plot(layers, values, color=_GREY, linestyle=":", linewidth=1.5, label=label)
+        axes.plot(layers, values, color=_GREY, linestyle=":", linewidth=1.5 * thickness, label=label)
 
 
 def _table(axes: Axes, values: Array, unit: str, *, top: float | None, digits: int) -> None:
