@@ -10,6 +10,7 @@ the curves of an evaluation. Each function gives a figure of matplotlib, to be c
 
 import math
 import os
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -68,6 +69,10 @@ class PaperFigure(Figure):
         data = BytesIO()
         self.savefig(data, format="png", dpi=_SCREEN_DPI)
         return data.getvalue()
+
+    def png_uri(self) -> str:
+        """The figure as a data URI of a PNG, for HTML."""
+        return "data:image/png;base64," + b64encode(self._repr_png_()).decode("ascii")
 
 
 def heads_figure(
