@@ -87,6 +87,14 @@ def test_the_pad_of_a_letterbox_is_dropped():
     assert box(shown) == (16, 48, 0, 64)
 
 
+def test_of_a_smaller_copy_the_same_part_is_seen():
+    # 100 x 200, columns 50 to 150 kept; of a copy of 50 x 40 these are columns 10 to 30.
+    geometry = Geometry.identity((100, 200)).crop(0, 50, (100, 100)).flip().resize((64, 64))
+    heat, seen = geometry.of_copy((50, 40)).to_original(hot_cell(1, 3), mode="nearest")
+    assert box(seen) == (0, 50, 10, 30)
+    assert box(heat == 1) == (12, 25, 10, 15)  # flipped: the fourth column lies left; the centre 12.5 belongs to row 1
+
+
 def test_a_horizontal_flip_is_undone():
     geometry = Geometry.identity((40, 80)).flip()
     heat, _ = geometry.to_original(hot_cell(0, 0), mode="nearest")

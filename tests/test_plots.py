@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -43,8 +44,9 @@ def pixels(path) -> np.ndarray:
 
 
 def text_of(path) -> str:
-    """All text of an SVG file, whose letters matplotlib draws as curves and names in comments."""
-    return "\n".join(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8")))
+    """All text of an SVG file, a line for each."""
+    texts = ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")
+    return "\n".join("".join(text.itertext()) for text in texts)
 
 
 def item(height: int = 64, width: int = 64, **options) -> SheetItem:

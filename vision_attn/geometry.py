@@ -112,6 +112,17 @@ class Geometry:
         """This geometry followed by a horizontal flip of the input."""
         return self._then(self.input_size, ((-1.0, 0.0, float(self.input_size[1])), (0.0, 1.0, 0.0)))
 
+    def of_copy(self, size: Size) -> Self:
+        """The geometry of a copy of the original, resized to (height, width): the input stays what it was.
+
+        >>> Geometry.identity((3000, 4000)).crop(0, 500, (3000, 3000)).of_copy((300, 400)).input_size
+        (3000, 3000)
+        """
+        height, width = _checked_size("size", size)
+        (a, b, c), (d, e, f) = self.matrix
+        x, y = self.original_size[1] / width, self.original_size[0] / height
+        return type(self)((height, width), self.input_size, ((a * x, b * y, c), (d * x, e * y, f)))
+
     def to_original(self, maps: Tensor, *, mode: Mode = "bilinear") -> tuple[Tensor, Tensor]:
         """Maps of the model's input, laid on the pixels of the original image.
 

@@ -23,6 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from vision_attn.attribution.encoders import all_known, find_encoder
+from vision_attn.attribution.notebook import explanation_html
 from vision_attn.attribution.tokens import answers_by_class, attends_globally, find_layout, is_known
 from vision_attn.capture import AttentionCapture, AttentionRecord
 from vision_attn.errors import AttentionNotFoundError, UsageError
@@ -80,6 +81,9 @@ class Explanation:
     geometry: tuple[Geometry, ...] | None
     versions: Mapping[str, str]
     classes: tuple[str, ...] | None = None
+
+    def _repr_html_(self) -> str:
+        return explanation_html(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Returns the path of one new safetensors file with everything in it: tensors, and the rest as JSON.

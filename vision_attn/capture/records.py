@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from vision_attn.capture.notebook import record_html
 from vision_attn.errors import UsageError
 from vision_attn.layout import KeyPositions
 
@@ -129,6 +130,9 @@ class AttentionRecord:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", self.values.shape[0])
+
+    def _repr_html_(self) -> str:
+        return record_html(self)
 
     @property
     def weights(self) -> Tensor:

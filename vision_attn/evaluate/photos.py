@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,9 @@ class Evaluated:
     seconds: float
     done_before: int
     health: AttentionHealth | None
+
+    def _repr_html_(self) -> str:
+        return f"{self.evaluation._repr_html_()}<div>all of it is in <code>{escape(str(self.out))}</code></div>"
 
 
 def evaluate_photos(

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from vision_attn.errors import UsageError
 from vision_attn.evaluate.judged import Judged, Sanity
+from vision_attn.evaluate.notebook import evaluation_html
 from vision_attn.evaluate.places import CENTRE, NAMES, elsewhere
 from vision_attn.evaluate.protocol import CONTROL_WORDS, CONTROLS, JUDGED, JUDGED_WITH_MASKS, METRICS, MIN_PHOTOS
 from vision_attn.metrics.intervals import Estimate, bootstrap_mean, holm, sign_flip_test
+from vision_attn.viz.judged import CurveBand
 
 LEVEL = 0.05
 """Of the tests, adjusted for how many methods are tested on a metric (Holm)."""
@@ -112,6 +114,25 @@ class Evaluation:
     def words(self, method: str, metric: str) -> str:
         """Returns a method's comparison with the best control on a metric, in words; empty where there is none."""
         return self.cells[method, metric].words
+
+    def bands(self) -> dict[str, dict[str, CurveBand]]:
+        """Returns what `viz.figures.removal_figure` draws: by method, "deletion" and "insertion"."""
+        return {
+            method: {
+                kind: CurveBand(
+                    [point.mean for point in points],
+                    [point.low for point in points],
+                    [point.high for point in points],
+                    self.cells[method, kind].estimate.mean,
+                )
+                for kind, points in self.curves[method].items()
+            }
+            for method in (*self.methods, *self.controls)
+            if method in self.curves
+        }
+
+    def _repr_html_(self) -> str:
+        return evaluation_html(self)
 
 
 def summarize(

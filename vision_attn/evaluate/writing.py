@@ -17,7 +17,7 @@ from vision_attn.evaluate.summary import Evaluation
 from vision_attn.files import write_whole
 from vision_attn.metrics.intervals import Estimate
 from vision_attn.viz.health import health_figure
-from vision_attn.viz.judged import CurveBand, Distance, distance_plot, removal_plot
+from vision_attn.viz.judged import Distance, distance_plot, removal_plot
 
 _MARKS = {"better": "[green]+[/]", "worse": "[red]-[/]", "not better": "[dim]=[/]", "": " "}
 _COLUMNS = (
@@ -73,7 +73,7 @@ def write_evaluation(evaluation: Evaluation, out: Path, health: AttentionHealth 
         write_whole(out / "verdict.txt", "\n".join((*evaluation.verdict, *evaluation.remarks)) + "\n"),
     ]
     if evaluation.curves:
-        written.append(removal_plot(out / "curves.png", evaluation.fractions, _bands(evaluation), evaluation.controls))
+        written.append(removal_plot(out / "curves.png", evaluation.fractions, evaluation.bands(), evaluation.controls))
     distances = _distances(evaluation)
     if distances:
         best = {metric: evaluation.cells[rows[0].method, metric].control for metric, rows in distances.items()}
@@ -211,22 +211,6 @@ def _text(estimate: Estimate) -> str:
     # An interval of one photo has no ends.
     ends = "" if math.isnan(estimate.low) else f" ({estimate.low:.2f} to {estimate.high:.2f})"
     return f"{estimate.mean:.3f}{ends}"
-
-
-def _bands(evaluation: Evaluation) -> dict[str, dict[str, CurveBand]]:
-    return {
-        method: {
-            kind: CurveBand(
-                [point.mean for point in points],
-                [point.low for point in points],
-                [point.high for point in points],
-                evaluation.cells[method, kind].estimate.mean,
-            )
-            for kind, points in evaluation.curves[method].items()
-        }
-        for method in (*evaluation.methods, *evaluation.controls)
-        if method in evaluation.curves
-    }
 
 
 def _distances(evaluation: Evaluation) -> dict[str, list[Distance]]:

@@ -19,7 +19,8 @@ from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.errors import UsageError
 from vision_attn.training.module import Classifier
 from vision_attn.training.randomness import random_state_kept
-from vision_attn.viz.plots import TRAIN, VALIDATION, save_figure
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.plots import TRAIN, VALIDATION
 
 # Of the trainer's options, those that a step of training depends on.
 _STEP_OPTIONS = (

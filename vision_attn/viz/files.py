@@ -1,16 +1,20 @@
 """Pictures on disk, whole or not at all: an interrupted run leaves no half picture under its name."""
 
+import io
 import os
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from vision_attn.errors import UsageError
 from vision_attn.files import write_whole
 
 PICTURE_SUFFIXES = (".png", ".jpg")
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 _JPEG_QUALITY = 92
 
 
@@ -46,6 +50,29 @@ def save_png(path: str | os.PathLike[str], rgb: NDArray[np.uint8]) -> Path:
     if path.suffix.lower() != ".png":
         raise UsageError(f"expected a file name that ends in .png, got {path.name!r}: PNG is what is written")
     return save_picture(path, rgb)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """The path of a new file, .png, .svg or .pdf by its suffix, that holds a matplotlib figure.
+
+    The letters of an SVG are text, which can be searched, copied and set in another font. No file holds the time: the
+    same figure gives the same bytes.
+
+    Raises:
+        UsageError: the name ends in something else.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in FIGURE_SUFFIXES:
+        raise UsageError(
+            f"expected a file name that ends in {', '.join(FIGURE_SUFFIXES)}, got {path.name!r}: rename it"
+        )
+    times = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    data = io.BytesIO()
+    # The salt makes the names of clip paths, which would be drawn at random.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vision_attn", "pdf.fonttype": 42}):
+        figure.savefig(data, format=suffix[1:], dpi="figure", metadata=times[suffix])
+    return write_whole(path, data.getvalue())
 
 
 def check_picture(picture: object) -> None:

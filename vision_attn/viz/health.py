@@ -14,7 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from vision_attn.errors import UsageError
-from vision_attn.viz.plots import RIGHT, WRONG, save_figure
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.letters import plain
+from vision_attn.viz.plots import RIGHT, WRONG
 
 Array = NDArray[np.floating]
 
@@ -107,7 +109,7 @@ def health_figure(path: str | os.PathLike[str], view: HealthView, *, title: str 
     parts: Any = figure.subfigures(2, 1, height_ratios=(12.6, max(0.01, inches - 12.6)))
     name = f"Attention of {view.model}, {view.images:,} photo{'s' * (view.images != 1)}" if title is None else title
     pictures, words = parts
-    figure.suptitle(_plain(name), fontweight="bold", fontsize=13)
+    figure.suptitle(plain(name), fontweight="bold", fontsize=13)
     panels: list[tuple[str, str, Callable[[Axes, HealthView], None]]] = [
         ("how far heads look", "distance", _draw_distance),
         ("how evenly heads look", "", _draw_entropy),
@@ -125,16 +127,29 @@ def health_figure(path: str | os.PathLike[str], view: HealthView, *, title: str 
             _say(axes, f"not defined: {view.undefined[needs]}")
         else:
             draw(axes, view)
-    words.text(0.01, 1.0, "\n".join(map(_plain, remarks)), va="top", fontsize=10, linespacing=1.35)
+    words.text(0.01, 1.0, "\n".join(map(plain, remarks)), va="top", fontsize=10, linespacing=1.35)
     return save_figure(figure, path)
 
 
 def _draw_distance(axes: Axes, view: HealthView) -> None:
-    _dots(axes, view.distance, view.errors.get("distance"))
-    _even(axes, view.uniform_distance)
-    axes.set_ylabel("mean distance (pixels)")
-    axes.set_ylim(0, 1.1 * float(max(np.nanmax(view.distance), np.nanmax(view.uniform_distance))))
+    draw_distance(axes, view.distance, view.uniform_distance, view.errors.get("distance"))
     _legend(axes)
+
+
+def draw_distance(axes: Axes, distance: Array, even: Array, errors: Array | None, *, thickness: float = 1.0) -> None:
+    """Draws how far heads look into a panel: a dot a head, the layers' means, and what even attention gives.
+
+    Args:
+        axes: The panel.
+        distance: (L, h) in pixels, NaN where a layer has fewer heads or is not defined.
+        even: (L,) that of even attention.
+        errors: (L, h) standard errors, None where they are not known.
+        thickness: What the widths of lines and dots are multiplied with.
+    """
+    _dots(axes, distance, errors, thickness=thickness)
+    _even(axes, even, thickness=thickness)
+    axes.set_ylabel("mean distance (pixels)")
+    axes.set_ylim(0, 1.1 * float(max(np.nanmax(distance), np.nanmax(even))))
 
 
 def _draw_locality(axes: Axes, view: HealthView) -> None:
@@ -283,6 +298,7 @@ def _dots(
     marker: str = "o",
     line: str = "-",
     faint: bool = False,
+    thickness: float = 1.0,
 ) -> None:
     """A dot for each column of a table (L, columns), their standard errors, and the layers' means as a line."""
     layers, columns = table.shape
@@ -293,23 +309,28 @@ def _dots(
     there = ~np.isnan(table)
     if errors is not None and (~np.isnan(errors)).any():
         ends = np.nan_to_num(1.96 * errors[there])
-        axes.errorbar(x[there], table[there], yerr=ends, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.7)
+        axes.errorbar(
+            x[there], table[there], yerr=ends, fmt="none", ecolor=colour, elinewidth=0.8 * thickness, alpha=0.7
+        )
         label += " (95 % interval)"
-    size, alpha = (8, 0.3) if faint else (18, 0.75)
+    size, alpha = (8, 0.3) if faint else (18 * thickness**2, 0.75)
     axes.scatter(x[there], table[there], s=size, marker=marker, color=colour, alpha=alpha, linewidths=0, label=label)
     rows = there.any(1)
     means = [float(row[known].mean()) for row, known in zip(table[rows], there[rows], strict=True)]
-    axes.plot(np.arange(layers)[rows], means, color=colour, linestyle=line, linewidth=1.3, label="mean of the layer")
+    axes.plot(
+        np.arange(layers)[rows], means, color=colour, linestyle=line, linewidth=1.3 * thickness,
+        label="mean of the layer",
+    )  # fmt: skip
     _depth(axes, layers, "layer")
 
 
-def _even(axes: Axes, values: Array, *, label: str = "even attention") -> None:
+def _even(axes: Axes, values: Array, *, label: str = "even attention", thickness: float = 1.0) -> None:
     """A dashed line at what even attention gives."""
     layers = np.arange(len(values))
     if len(values) == 1:
-        axes.axhline(float(values[0]), color=_GREY, linestyle=":", linewidth=1.2, label=label)
+        axes.axhline(float(values[0]), color=_GREY, linestyle=":", linewidth=1.5 * thickness, label=label)
     else:
-        axes.plot(layers, values, color=_GREY, linestyle=":", linewidth=1.5, label=label)
+        axes.plot(layers, values, color=_GREY, linestyle=":", linewidth=1.5 * thickness, label=label)
 
 
 def _table(axes: Axes, values: Array, unit: str, *, top: float | None, digits: int) -> None:
@@ -351,14 +372,9 @@ def _say(axes: Axes, text: str) -> None:
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.set_facecolor("#f4f4f4")
-    lines = textwrap.fill(_plain(text), 44, max_lines=8, placeholder=" …")
+    lines = textwrap.fill(plain(text), 44, max_lines=8, placeholder=" …")
     axes.text(0.5, 0.5, lines, transform=axes.transAxes, ha="center", va="center", color=_GREY, fontsize=10)
 
 
 def _wrapped(remark: str) -> list[str]:
     return textwrap.wrap(remark, _WIDTH, initial_indent="• ", subsequent_indent="   ")
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands."""
-    return text.replace("$", r"\$")

@@ -13,11 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vision_attn.errors import UsageError
-from vision_attn.viz.plots import save_figure
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.letters import plain
 
 # Okabe and Ito 2008, without the yellow that is lost on white; then the same colours dotted.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#777777"
+REMOVALS = {
+    "deletion": "most relevant removed first (lower is better)",
+    "insertion": "most relevant shown first (higher is better)",
+}
 _CONTROL_DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
@@ -82,38 +87,44 @@ def removal_plot(
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     figure.suptitle(title) if title else None
-    heads = {
-        "deletion": "most relevant removed first (lower is better)",
-        "insertion": "most relevant shown first (higher is better)",
-    }
-    for axis, (kind, head) in zip(axes, heads.items(), strict=True):
-        _draw_curves(axis, fractions, {name: bands[kind] for name, bands in curves.items()}, controls, kind)
+    for axis, (kind, head) in zip(axes, REMOVALS.items(), strict=True):
+        draw_removal(axis, fractions, {name: bands[kind] for name, bands in curves.items()}, controls)
+        corner = "upper right" if kind == "deletion" else "lower right"
+        axis.legend(title="area", fontsize=8, title_fontsize=8, loc=corner, framealpha=0.8)
         axis.set_title(head, fontsize=10)
         axis.set_xlabel(f"share of the photo {'removed' if kind == 'deletion' else 'shown'}")
     axes[0].set_ylabel("probability of the class (mean, 95 % band)")
     return save_figure(figure, path)
 
 
-def _draw_curves(
-    axis: Axes, fractions: Sequence[float], bands: Mapping[str, CurveBand], controls: Sequence[str], kind: str
+def draw_removal(
+    axis: Axes,
+    fractions: Sequence[float],
+    bands: Mapping[str, CurveBand],
+    controls: Sequence[str],
+    *,
+    thickness: float = 1.0,
 ) -> None:
+    """Draws a line and a band for each method into a panel, labelled with its name and area.
+
+    Args:
+        axis: The panel.
+        fractions: Of the photo removed (shown), 0 to 1.
+        bands: By method.
+        controls: Which of them are controls.
+        thickness: What the lines' widths are multiplied with.
+    """
     for name, band in bands.items():
         colour, line, width = _look(name, list(bands), controls)
         # Many bands over each other are one grey.
         axis.fill_between(
             fractions, band.low, band.high, color=colour, alpha=0.12 if len(bands) <= 5 else 0.04, linewidth=0
         )
-        axis.plot(fractions, band.mean, color=colour, linestyle=line, linewidth=width, label=f"{name}  {band.area:.3f}")
+        label = f"{plain(name)}  {band.area:.3f}"
+        axis.plot(fractions, band.mean, color=colour, linestyle=line, linewidth=thickness * width, label=label)
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
-    axis.legend(
-        title="area",
-        fontsize=8,
-        title_fontsize=8,
-        loc="upper right" if kind == "deletion" else "lower right",
-        framealpha=0.8,
-    )
 
 
 def _look(name: str, names: Sequence[str], controls: Sequence[str]) -> tuple[str, Any, float]:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -25,8 +26,10 @@ from vision_attn.files import write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.registry import unknown
 from vision_attn.viz.colorbar import UNSEEN, font_file, legend
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.letters import plain
 from vision_attn.viz.overlay import DrawnMap, Style, draw_map
-from vision_attn.viz.plots import RIGHT, VALIDATION, WRONG, Panel, picture_grid, save_figure
+from vision_attn.viz.plots import RIGHT, VALIDATION, WRONG, Panel, picture_grid
 from vision_attn.viz.scale import Map, Scale, as_array, find_scale
 
 ScaleName = Literal["shared", "raw", "own"]
@@ -109,12 +112,12 @@ def movement_sheet(
     Raises:
         UsageError: no photos or maps, photos with different epochs, an unknown scale, or what `overlay` refuses.
     """
-    epochs = _epochs(photos)
+    epochs = epochs_of(photos)
     shown = evenly(len(epochs), columns)
     rows, drawings = [], []
-    signed = _any_signed(photos)
+    signed = any_signed(photos)
     for photo in photos:
-        maps, common = _scaled(photo, scale, signed)
+        maps, common = scaled_maps(photo, scale, signed)
         drawn = [
             draw_map(
                 photo.image, maps[place], geometry=photo.geometry, style=style, scale=common or "image", signed=signed
@@ -128,10 +131,10 @@ def movement_sheet(
             moment = photo.moments[place]
             own = (" to ".join(filter(None, one.ends)),) if common is None else ()
             colour = {True: RIGHT, False: WRONG, None: "black"}[moment.right]
-            cells.append(Panel(one.picture, caption=(_answer(moment), *_moved(moment), *own), colour=colour))
+            cells.append(Panel(one.picture, caption=(answer_of(moment), *_moved(moment), *own), colour=colour))
         rows.append(cells)
     notes = [
-        *_notes(scale, drawings),
+        *scale_notes(scale, drawings),
         "to before, to last: rank correlation with the map drawn before and with the last",
     ]
     heads = [f"epoch {epochs[place]}" if epochs[place] else "epoch 0 (start)" for place in shown]
@@ -175,10 +178,10 @@ def movement_animation(
     formats = {".webp": {"format": "WEBP", "quality": 90, "method": 4}, ".png": {"format": "PNG"}}
     if path.suffix.lower() not in formats:
         raise UsageError(f"expected an animation that ends in .webp or .png, got {path.name!r}: rename it")
-    epochs = _epochs(photos)
+    epochs = epochs_of(photos)
     shown = evenly(len(epochs), FRAMES)
-    signed = _any_signed(photos)
-    scaled = [_scaled(photo, scale, signed) for photo in photos]
+    signed = any_signed(photos)
+    scaled = [scaled_maps(photo, scale, signed) for photo in photos]
     per_row = min(len(photos), 4) if len(photos) != 5 else 3
     frames = []
     for place in shown:
@@ -191,7 +194,7 @@ def movement_animation(
         heading = f"epoch {epochs[place]} of {epochs[-1]}" + (f"   {title}" if title else "")
         done = epochs[place] / epochs[-1] if epochs[-1] else 1.0
         captions = [photo.moments[place] for photo in photos]
-        frames.append(_frame(drawn, captions, heading, done, _notes(scale, drawn), per_row, cell))
+        frames.append(_frame(drawn, captions, heading, done, scale_notes(scale, drawn), per_row, cell))
     size = (max(frame.width for frame in frames), max(frame.height for frame in frames))
     frames = [_padded(frame, size) for frame in frames]
     data = io.BytesIO()
@@ -224,27 +227,49 @@ def movement_curves(
         )
     figure = Figure(figsize=(6.4, 4.0), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    axes.plot(epochs, to_last, color=RIGHT, linewidth=0.8, alpha=0.3)
+    draw_movement(axes, epochs, to_last, to_previous)
+    axes.set_title(plain(title or "how attention moved"), loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return save_figure(figure, path)
+
+
+def draw_movement(
+    axes: Axes,
+    epochs: Sequence[int],
+    last: NDArray[np.floating],
+    previous: NDArray[np.floating],
+    *,
+    thickness: float = 1.0,
+) -> None:
+    """Draws how far the maps were from the last one, and from the one before, into a panel.
+
+    Args:
+        axes: the panel.
+        epochs: as for `movement_curves`.
+        last: as for `movement_curves`.
+        previous: as for `movement_curves`.
+        thickness: what the widths of lines and marks are multiplied with.
+    """
+    axes.plot(epochs, last, color=RIGHT, linewidth=0.8 * thickness, alpha=0.3)
     for values, colour, line, mark, label in (
-        (to_last, RIGHT, "-", "o", "with the last map, mean of the photos"),
-        (to_previous, VALIDATION, "--", "s", "with the map before, mean of the photos"),
+        (last, RIGHT, "-", "o", "with the last map, mean of the photos"),
+        (previous, VALIDATION, "--", "s", "with the map before, mean of the photos"),
     ):
         known = np.isfinite(values)
         counts = known.sum(1)
         mean = np.divide(np.where(known, values, 0).sum(1), counts, out=np.full(len(values), np.nan), where=counts > 0)
-        mark = mark if len(epochs) <= 40 else ""
-        axes.plot(epochs, mean, color=colour, linestyle=line, marker=mark, markersize=4, linewidth=1.8, label=label)
-    axes.axhline(0, color="black", linewidth=0.8)
-    finite = np.concatenate([to_last[np.isfinite(to_last)], to_previous[np.isfinite(to_previous)], [0.0]])
+        axes.plot(
+            epochs, mean, color=colour, linestyle=line, linewidth=1.8 * thickness,
+            marker=mark if len(epochs) <= 40 else "", markersize=4 * thickness, label=label,
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8 * thickness)
+    finite = np.concatenate([last[np.isfinite(last)], previous[np.isfinite(previous)], [0.0]])
     axes.set_ylim(min(-0.05, 1.1 * float(finite.min())), 1.05)
     axes.set_xlabel("epoch")
     axes.set_ylabel("rank correlation of the maps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    axes.set_title((title or "how attention moved").replace("$", r"\$"), loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return save_figure(figure, path)
 
 
 def movement_table(path: str | os.PathLike[str], names: Sequence[str], photos: Sequence[WatchedPhoto]) -> Path:
@@ -273,7 +298,12 @@ def relative(values: NDArray[np.floating]) -> NDArray[np.floating]:
     return values / mean if mean > 0 else values
 
 
-def _epochs(photos: Sequence[WatchedPhoto]) -> list[int]:
+def epochs_of(photos: Sequence[WatchedPhoto]) -> list[int]:
+    """The epochs that all photos have maps of.
+
+    Raises:
+        UsageError: there are none, or photos differ in them.
+    """
     if not photos or not photos[0].moments:
         raise UsageError("expected at least one photo with a map, got none: give the photos that were watched")
     epochs = [moment.epoch for moment in photos[0].moments]
@@ -286,12 +316,13 @@ def _epochs(photos: Sequence[WatchedPhoto]) -> list[int]:
     return epochs
 
 
-def _any_signed(photos: Sequence[WatchedPhoto]) -> bool:
+def any_signed(photos: Sequence[WatchedPhoto]) -> bool:
+    """Has any of the maps values of both signs?"""
     arrays = (as_array(moment.map) for photo in photos for moment in photo.moments)
     return any(bool((values < 0).any() and (values > 0).any()) for values in arrays)
 
 
-def _scaled(photo: WatchedPhoto, scale: str, signed: bool) -> tuple[list[NDArray[np.floating]], Scale | None]:
+def scaled_maps(photo: WatchedPhoto, scale: str, signed: bool) -> tuple[list[NDArray[np.floating]], Scale | None]:
     """A photo's maps as they are drawn, and the scale that they share; None where each has its own."""
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
@@ -308,7 +339,8 @@ def _told(common: Scale, scale: str) -> str:
     return f"{' to '.join(filter(None, (low, high)))}{' × mean' if scale == 'shared' else ''}"
 
 
-def _notes(scale: str, drawings: Sequence[DrawnMap]) -> list[str]:
+def scale_notes(scale: str, drawings: Sequence[DrawnMap]) -> list[str]:
+    """What the colours of maps mean, a line each."""
     ends = f"percentiles {100 - _PERCENTILE} to {_PERCENTILE}"
     notes = {
         "shared": f"one scale a photo for all epochs ({ends}), in multiples of each map's own mean",
@@ -324,7 +356,8 @@ def _legend(drawings: Sequence[DrawnMap], notes: Sequence[str], width: int) -> N
     return legend(first.colours, ends, notes, width=width, size=13, ticks=first.ticks)
 
 
-def _answer(moment: Moment) -> str:
+def answer_of(moment: Moment) -> str:
+    """What was said, with its probability, and whether it is right."""
     mark = {True: "✓ ", False: "✗ ", None: ""}[moment.right]
     return f"{mark}{moment.prediction} {100 * moment.probability:.0f} %"
 
@@ -368,7 +401,7 @@ def _frame(
             frame.paste(Image.fromarray(picture), (x + right, y + down))
             moment = moments[number * per_row + place]
             colour = {True: RIGHT, False: WRONG, None: "black"}[moment.right]
-            text = _answer(moment)
+            text = answer_of(moment)
             while font.getlength(text) > cell:
                 text = text[:-2] + "…"
             draw.text((x, y + heights[number] + 2), text, colour, font)

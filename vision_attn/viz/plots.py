@@ -5,12 +5,10 @@ by colour it also tells by a shape, a sign or a number.
 """
 
 import csv
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +20,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import ImageFont
 
 from vision_attn.errors import UsageError
-from vision_attn.files import write_whole
 from vision_attn.geometry import Geometry
-from vision_attn.viz.colorbar import UNSEEN, font_file, legend
-from vision_attn.viz.files import check_picture
+from vision_attn.viz.colorbar import UNSEEN, legend
+from vision_attn.viz.files import check_picture, save_figure
+from vision_attn.viz.letters import cut, plain, text_width
 from vision_attn.viz.overlay import DrawnMap, Style, draw_map, outline
 from vision_attn.viz.scale import Map, ScaleChoice, as_array
 
 RIGHT, WRONG = "#0072B2", "#D55E00"  # Okabe and Ito 2008: blue and vermilion differ with every colour blindness
 TRAIN, VALIDATION = RIGHT, WRONG
-SUFFIXES = (".png", ".svg", ".pdf")
 COUNTS_UP_TO = 30  # classes; a matrix with more of them has its counts left out
 CHANNELS_A_ROW = 512  # so that a channel has two pixels at least
 
@@ -188,9 +184,9 @@ def picture_grid(
         raise UsageError("expected at least one panel for a picture grid, got none: give the pictures to show")
     size = max(11, round(cell / 15))  # of the letters, in pixels
     line = round(size * 1.5)
-    left = _GAP + (round(max(_width(text, size) for text in row_titles)) + 2 * _GAP if row_titles else 0)
+    left = _GAP + (round(max(text_width(text, size) for text in row_titles)) + 2 * _GAP if row_titles else 0)
     x = [left + column * (cell + _GAP) + (column // group * 3 * _GAP if group else 0) for column in range(columns)]
-    width = max(x[-1] + cell + _GAP, round(_width(title or "", size * 1.25, bold=True)) + 2 * _GAP)
+    width = max(x[-1] + cell + _GAP, round(text_width(title or "", size * 1.25, bold=True)) + 2 * _GAP)
 
     heights = []  # of the pictures in each row, so that landscape photos leave no empty bands
     fitted = []
@@ -212,12 +208,12 @@ def picture_grid(
     def write(x: float, y: float, text: str, **options: Any) -> None:
         """Text with its middle at y pixels below the top."""
         options = {"fontsize": size * 72 / _DPI, "va": "center", **options}
-        figure.text(x / width, 1 - y / height, _plain(text), **options)
+        figure.text(x / width, 1 - y / height, plain(text), **options)
 
     if title:
         write(_GAP, _GAP + line * 0.6, title, fontsize=size * 1.25 * 72 / _DPI, fontweight="bold")
     for column, text in enumerate(column_titles[:columns]):
-        write(x[column], top - line * 0.55, _cut(text, size, cell), color="#444444")
+        write(x[column], top - line * 0.55, cut(text, size, cell), color="#444444")
     y = top
     for index, row in enumerate(rows):
         if index < len(row_titles):
@@ -233,7 +229,7 @@ def picture_grid(
                 bold = number == 0
                 colour, weight = (panel.colour, "bold") if bold else ("#444444", "normal")
                 middle = y + heights[index] + (number + 0.6) * line
-                write(x[column], middle, _cut(text, size, room, bold=bold), color=colour, fontweight=weight)
+                write(x[column], middle, cut(text, size, room, bold=bold), color=colour, fontweight=weight)
             column += panel.span
         y += heights[index] + captions[index] + 3 * _GAP
     if footer is not None:
@@ -275,7 +271,7 @@ def learning_curves(
 
     figure = Figure(figsize=(4.6 * len(panels), 3.8), dpi=_DPI, layout="constrained", facecolor="white")
     if title:
-        figure.suptitle(_plain(title), fontweight="bold")
+        figure.suptitle(plain(title), fontweight="bold")
     for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         if name == "learning rate":
             _draw_rates(axes, panel)
@@ -325,15 +321,15 @@ def confusion_matrix(
     axes = figure.subplots()
     axes.set_facecolor("#dddddd")  # shines through where a class has no photos
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    names = [_cut(name, letters, 15 * letters) for name in classes]
-    upright = max(_width(name, letters / 72) for name in names) < 0.9 * inches / n
-    rows = [_plain(f"{name} ({count:.0f})") for name, count in zip(names, sums[:, 0], strict=True)]
-    axes.set_xticks(range(n), map(_plain, names), rotation=0 if upright else 90, fontsize=letters)
+    names = [cut(name, letters, 15 * letters) for name in classes]
+    upright = max(text_width(name, letters / 72) for name in names) < 0.9 * inches / n
+    rows = [plain(f"{name} ({count:.0f})") for name, count in zip(names, sums[:, 0], strict=True)]
+    axes.set_xticks(range(n), map(plain, names), rotation=0 if upright else 90, fontsize=letters)
     axes.set_yticks(range(n), rows, fontsize=letters)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class (photos)")
     accuracy = f"accuracy {100 * right / total:.1f} % ({right:.0f} of {total:.0f})" if total else "no photos"
-    axes.set_title(_plain(f"{title}\n{accuracy}" if title else accuracy), loc="left", fontsize=11)
+    axes.set_title(plain(f"{title}\n{accuracy}" if title else accuracy), loc="left", fontsize=11)
     if n <= COUNTS_UP_TO:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -383,7 +379,7 @@ def channel_bars(
     size = (9.6, 0.8 + 1.5 * rows + (0.3 if title else 0))
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
     if title:
-        figure.suptitle(_plain(title), fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(plain(title), fontweight="bold", x=0.01, ha="left")
     grid = figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0]
     for number, gate in enumerate(values):
         for place, part in enumerate(parts):
@@ -393,7 +389,7 @@ def channel_bars(
             if place == 0:
                 name = f"{labels[number]}: " if labels else ""
                 shown = f"the strongest {len(channels)} of " if len(channels) < values.shape[1] else ""
-                axes.set_title(_plain(f"{name}{shown}{_range_of(gate)}"), loc="left", fontsize=9)
+                axes.set_title(plain(f"{name}{shown}{_range_of(gate)}"), loc="left", fontsize=9)
     grid[-1].set_xlabel("channel" if strongest is None else "channel, strongest first")
     figure.supylabel("gate (factor)", fontsize=9)
     return save_figure(figure, path)
@@ -543,14 +539,14 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
             markersize=4,
             linewidth=0.8 if smooth else 1.6,
             alpha=0.35 if smooth else 1,
-            label=None if smooth else _plain(name if train else f"{name}, best {_best(name, y):.3g}"),
+            label=None if smooth else plain(name if train else f"{name}, best {_best(name, y):.3g}"),
         )
         if smooth:
             width = max(3, len(x) // 30)
             kernel = np.ones(width) / width
             axes.plot(
                 np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid"), color=colour, linewidth=1.8,
-                linestyle="-" if train else "--", label=_plain(f"{name}, mean of {width}"),
+                linestyle="-" if train else "--", label=plain(f"{name}, mean of {width}"),
             )  # fmt: skip
     axes.legend(fontsize=8, frameon=False)
 
@@ -562,7 +558,7 @@ def _best(name: str, values: NDArray[np.float64]) -> float:
 def _draw_rates(axes: Axes, curves: Mapping[str, Curve]) -> None:
     if len(curves) <= 3:
         for (name, (x, y)), line in zip(sorted(curves.items()), ("-", "--", ":"), strict=False):
-            axes.plot(x, y, color="black", linestyle=line, marker="o" if len(x) == 1 else "", label=_plain(name))
+            axes.plot(x, y, color="black", linestyle=line, marker="o" if len(x) == 1 else "", label=plain(name))
     else:
         every = np.concatenate([np.stack(curve, axis=1) for curve in curves.values()])
         x = np.unique(every[:, 0])
@@ -644,41 +640,3 @@ def _number_strongest(axes: Axes, values: NDArray[np.floating], start: int, lett
                 str(start + place), (start + place, values[place]), xytext=(0, 1 if above else -1),
                 textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=letters - 1,
             )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- text and files
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: names of classes may hold dollar signs and line ends."""
-    return text.replace("$", r"\$")
-
-
-@lru_cache
-def _font(bold: bool) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(font_file(bold=bold), 100)
-
-
-def _width(text: str, size: float, *, bold: bool = False) -> float:
-    """How many pixels a text takes in letters of `size` pixels, in matplotlib's default font."""
-    return _font(bold).getlength(text) * size / 100
-
-
-def _cut(text: str, size: float, room: float, *, bold: bool = False) -> str:
-    """The text in one line, cut with an ellipsis where it is wider than `room` pixels."""
-    text = " ".join(text.split())
-    if _width(text, size, bold=bold) <= room:
-        return text
-    while text and _width(text + "…", size, bold=bold) > room:
-        text = text[:-1]
-    return text + "…"
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """The path of a new file, .png, .svg or .pdf by its suffix, that holds a figure."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UsageError(f"expected a file name that ends in {', '.join(SUFFIXES)}, got {Path(path).name!r}: rename it")
-    data = io.BytesIO()
-    figure.savefig(data, format=suffix[1:], dpi=_DPI)
-    return write_whole(path, data.getvalue())

@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vision_attn.errors import UsageError
-from vision_attn.viz.plots import RIGHT, WRONG, save_figure
+from vision_attn.viz.files import save_figure
+from vision_attn.viz.letters import plain
+from vision_attn.viz.plots import RIGHT, WRONG
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def reliability_plot(
         raise UsageError("expected at least one panel for a reliability plot, got none: measure the calibration")
     figure = Figure(figsize=(4.6 * len(panels), 5.4), dpi=100, layout="constrained", facecolor="white")
     if title:
-        figure.suptitle(title.replace("$", r"\$"), fontweight="bold")
+        figure.suptitle(plain(title), fontweight="bold")
     grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for column, panel in enumerate(panels):
         _draw_accuracy(grid[0][column], panel)
@@ -76,7 +78,7 @@ def _draw_accuracy(axes: Axes, panel: ReliabilityPanel) -> None:
     below = [max(0.0, panel.accuracy[m] - panel.intervals[m][0]) for m in there]
     above = [max(0.0, panel.intervals[m][1] - panel.accuracy[m]) for m in there]
     axes.errorbar(x, y, yerr=[below, above], fmt="o", color=RIGHT, markersize=5, linewidth=1, capsize=2, label="bin")
-    axes.set_title(f"{panel.title}\nECE {100 * panel.ece:.1f} %".replace("$", r"\$"), loc="left", fontsize=10)
+    axes.set_title(plain(f"{panel.title}\nECE {100 * panel.ece:.1f} %"), loc="left", fontsize=10)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.25)

@@ -150,7 +150,7 @@ def heads_sheet(
         widest = max(widest, len(array))
         rows.append([Panel(_seen_part(image, one, geometry)) for one in array])
     photo = draw_map(image, np.zeros((1, 1), np.float32), geometry=geometry, strength=0, style="dim")
-    rows = [[Panel(_cropped(image, photo.seen))], *rows]
+    rows = [[Panel(cropped(image, photo.seen))], *rows]
     drawn = draw_map(image, np.zeros((1, 1), np.float32), geometry=geometry)
     notes = ["each map on its own scale, from its lowest to its highest value"]
     bar = legend(drawn.colours, ("lowest", "highest"), notes, width=min(4, widest) * cell, size=_letters(cell))
@@ -249,7 +249,7 @@ def gates_sheet(
     if not rows:
         raise UsageError("expected at least one block for a sheet of gates, got none: give what blocks let through")
     geometry = geometry or Geometry.identity(image.shape[:2])
-    photo = _cropped(image, draw_map(image, np.zeros((1, 1), np.float32), geometry=geometry, style="dim").seen)
+    photo = cropped(image, draw_map(image, np.zeros((1, 1), np.float32), geometry=geometry, style="dim").seen)
     thickness = max(1, round(max(photo.shape[:2]) / cell))
     panels = [[Panel(photo)]]
     drawings: list[DrawnMap] = []
@@ -263,7 +263,7 @@ def gates_sheet(
         if asking is not None:
             mask = geometry.to_original(torch.as_tensor(as_array(asking) != 0), mode="nearest")[0]
             picture = _marked(picture, mask.numpy(), thickness)
-        return Panel(_cropped(picture, drawn.seen), caption=(*caption, " to ".join(filter(None, drawn.ends))))
+        return Panel(cropped(picture, drawn.seen), caption=(*caption, " to ".join(filter(None, drawn.ends))))
 
     for row in rows:
         gain = () if row.gain is None else _gain_lines(row.gain, row.turned)
@@ -296,10 +296,10 @@ def _marked(picture: NDArray[np.uint8], patch: NDArray[np.bool_], thickness: int
 
 def _seen_part(image: NDArray[np.uint8], values: NDArray[np.floating], geometry: Geometry | None) -> NDArray[np.uint8]:
     drawn = draw_map(image, values, geometry=geometry, strength=1, interpolation="nearest")
-    return _cropped(drawn.picture, drawn.seen)
+    return cropped(drawn.picture, drawn.seen)
 
 
-def _cropped(picture: NDArray[np.uint8], seen: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def cropped(picture: NDArray[np.uint8], seen: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """The smallest rectangle of a picture that holds all seen pixels."""
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     return np.ascontiguousarray(picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
