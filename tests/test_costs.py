@@ -17,6 +17,13 @@ def test_multiply_adds_of_se_are_its_two_layers() -> None:
     assert layer_cost("se", 64, (7, 9)).multiply_adds == 2 * 64 * 4
 
 
+def test_multiply_adds_of_fused_attention_are_its_projections_and_two_products() -> None:
+    layer = va.create_token_layer("self", 16, num_heads=2)
+    tokens = torch.zeros(1, 12, 16)
+    # Four projections 16 x 16 of 12 tokens; queries by keys and weights by values, 12 x 12 of 16 numbers each.
+    assert count_multiply_adds(layer, tokens, grid=(3, 4)) == 4 * 12 * 16 * 16 + 2 * 12 * 12 * 16
+
+
 def test_counting_leaves_running_statistics_alone() -> None:
     norm = nn.BatchNorm2d(3)
     count_multiply_adds(norm, torch.ones(1, 3, 2, 2))
