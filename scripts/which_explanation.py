@@ -21,7 +21,6 @@ from torch import nn
 from vision_attn.evaluate import Evaluated, Evaluation, Protocol, evaluate_photos
 from vision_attn.evaluate.protocol import CONTROL_WORDS, METRICS
 from vision_attn.evaluate.record import judged_from_dict
-from vision_attn.evaluate.writing import write_evaluation
 from vision_attn.files import write_whole
 from vision_attn.metrics.intervals import bootstrap_mean, sign_flip_test
 from vision_attn.models.factory import create_model, open_model, timm_preprocessing
@@ -119,7 +118,6 @@ def _evaluated(case: Case, shared: Path, out: Path, samples: int) -> Evaluated:
         protocol=Protocol(sanity_photos=3),
         health=case.network == "vits14",
     )
-    write_evaluation(found.evaluation, out, found.health)
     Console().print(f"{case.name}: {found.seconds:.0f} s, {found.done_before} photos were done before")
     return found
 

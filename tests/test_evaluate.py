@@ -29,7 +29,7 @@ from vision_attn.evaluate import Protocol, evaluate_explanations, evaluate_photo
 from vision_attn.evaluate.photos import choose_photos
 from vision_attn.evaluate.places import NAMES, hide_places, place_mask
 from vision_attn.evaluate.scoring import Scorer, why_unusable
-from vision_attn.evaluate.writing import lines, tables, to_dict, write_evaluation
+from vision_attn.evaluate.writing import lines, tables, to_dict
 
 LITTLE = Protocol(steps=4, groups=4, cells=(8, 8), precision="float32", sanity_photos=2)
 FEW = Protocol(steps=2, groups=2, cells=(4, 4), precision="float32", sanity_photos=0)
@@ -264,8 +264,9 @@ def test_a_protocol_that_cannot_be_is_refused(options, words):
 
 def test_everything_is_written_and_says_the_same(caught, shortcuts):
     evaluation = caught.evaluation
-    files = {path.name for path in write_evaluation(evaluation, caught.out, caught.health)}
-    assert files == {"table.csv", "evaluation.json", "verdict.txt", "curves.png", "distances.png"}
+    assert all(path.parent == caught.out and path.is_file() for path in caught.files)
+    written = {"table.csv", "evaluation.json", "verdict.txt", "curves.png", "distances.png"}
+    assert {path.name for path in caught.files} == written
     with (caught.out / "table.csv").open(encoding="utf-8") as file:
         rows = {(row["method"], row["metric"]): row for row in csv.DictReader(file) if not row["class"]}
     cell = evaluation.cells["occlusion", "deletion"]

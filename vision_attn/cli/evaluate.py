@@ -101,7 +101,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from vision_attn.evaluate import Protocol, evaluate_photos
-    from vision_attn.evaluate.writing import lines, tables, told, write_evaluation
+    from vision_attn.evaluate.writing import lines, tables, told
     from vision_attn.files import free_path
 
     if options.mask_classes and not options.masks:
@@ -150,7 +150,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         console.print(f"Attention: {remark}", soft_wrap=True, markup=False)
     before = f", {done.done_before} were measured before" if done.done_before else ""
     print(f"{done.evaluation.photos} photos in {done.seconds:.0f} s{before}")
-    print(told(write_evaluation(done.evaluation, done.out, done.health)))
+    print(told(done.files))
     for reason in done.damaged.values():
         print(f"vision-attn: {reason}", file=sys.stderr)
     return 3 if done.damaged else 0

@@ -26,6 +26,7 @@ from vision_attn.evaluate.protocol import CONTROLS, MIN_PHOTOS, Protocol
 from vision_attn.evaluate.record import Record
 from vision_attn.evaluate.scoring import Masks, Scorer, check_sanity
 from vision_attn.evaluate.summary import Evaluation, summarize
+from vision_attn.evaluate.writing import write_evaluation
 from vision_attn.look.asking import check_classes, find_photos, find_targets, method_options, several
 from vision_attn.look.folder import model_settings, progress_bar
 from vision_attn.look.maps import Photo, batches, is_damaged, read_ahead
@@ -48,6 +49,7 @@ class Evaluated:
         seconds: How long it took now.
         done_before: How many photos were measured before.
         health: What the attention of the model is like; None where there is none to see, or it was left out.
+        files: What was written at the end.
     """
 
     evaluation: Evaluation
@@ -56,6 +58,7 @@ class Evaluated:
     seconds: float
     done_before: int
     health: AttentionHealth | None
+    files: tuple[Path, ...] = ()
 
     def _repr_html_(self) -> str:
         return f"{self.evaluation._repr_html_()}<div>all of it is in <code>{escape(str(self.out))}</code></div>"
@@ -171,7 +174,8 @@ def evaluate_photos(
         settings=settings,
         remarks=[*remarks, *_about_masks(mask_set), *why],
     )
-    return Evaluated(evaluation, out, damaged, time.perf_counter() - started, before, looked)
+    files = write_evaluation(evaluation, out, looked)
+    return Evaluated(evaluation, out, damaged, time.perf_counter() - started, before, looked, tuple(files))
 
 
 def evaluate_explanations(

@@ -411,7 +411,7 @@ def _not_trusted(
             f"the model itself, which reads {NAMES[places.named]}: hiding it takes {effect.mean:.2f} of the class's "
             f"probability ({effect.low:.2f} to {effect.high:.2f}"
             + (f", on {effect.count} photos whose object is elsewhere)" if places.object_effect else ")")
-            + (f", hiding the object {places.object_effect.mean:.2f}" if places.object_effect else "")
+            + (f", hiding the object {round(places.object_effect.mean, 2) + 0.0:.2f}" if places.object_effect else "")
         )
     off = [metric for metric in located if recommended and cells[recommended, metric].verdict == "worse"]
     if recommended and off:
