@@ -17,7 +17,7 @@ from vision_attn.data.transforms import Preprocessing, eval_transforms
 from vision_attn.errors import UsageError
 from vision_attn.export import save_model
 from vision_attn.layers.attach import attach_attention
-from vision_attn.look import describe_methods, explain_photos, find_class, look
+from vision_attn.look import describe_methods, explain_photos, find_class, look, predict_photos
 from vision_attn.look.asking import find_photos, find_targets, method_options
 from vision_attn.look.sheets import gate_rows, layer_maps
 from vision_attn.models.factory import create_model, load_model
@@ -62,6 +62,26 @@ def write_photos(folder: Path, *names: str) -> list[Path]:
         Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
         paths.append(path)
     return paths
+
+
+@pytest.mark.parametrize(("temperature", "several"), [(2.5, False), (1.0, True)])
+def test_probabilities_are_those_that_predict_tells(artefact, photos, tmp_path, temperature, several):
+    model = load_model(artefact)
+    model.temperature, model.multi_label = temperature, several
+    predict_photos(model, [photos], tmp_path / "told.csv", top=3, progress=False)
+    with (tmp_path / "told.csv").open(encoding="utf-8") as file:
+        told = {row["photo"]: row for row in csv.DictReader(file)}
+    for one in look(model, sorted(photos.rglob("*.*")), {}, method="rollout"):
+        row = next(row for name, row in told.items() if str(one.path).endswith(name))
+        ranked = one.probabilities.sort(descending=True)
+        assert ranked.values.tolist() == pytest.approx(
+            [float(row[f"probability{end}"]) for end in ("", "_2", "_3")], abs=1e-5
+        )
+        assert (one.prediction, one.probability) == (
+            row["prediction"],
+            pytest.approx(float(row["probability"]), abs=1e-5),
+        )
+        assert several or one.probabilities.sum() == pytest.approx(1)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from vision_attn.registry import unknown
 _Pooling = Literal["mean", "model"]
 
 
-@METHODS.register("grad_rollout", class_specific=True, needs="global attention", predicts=True)
+@METHODS.register("grad_rollout", class_specific=True, needs="global attention", predicts=True, sees_once=True)
 def grad_rollout(
     model: nn.Module,
     images: Tensor,
@@ -92,7 +92,7 @@ def grad_rollout_row(row: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return row
 
 
-@METHODS.register("generic", class_specific=True, needs="global attention", predicts=True)
+@METHODS.register("generic", class_specific=True, needs="global attention", predicts=True, sees_once=True)
 def generic(
     model: nn.Module, images: Tensor, target: Tensor | None = None, *, layout: TokenLayout | None = None
 ) -> Tensor:

@@ -40,10 +40,10 @@ class Look:
         targets: The classes explained.
         target_probabilities: Of those classes.
         explanations: By method, of this photo alone.
-        probabilities: (classes,), the softmaxed logits; None where the model has no classes.
+        probabilities: (classes,), of the logits as `probabilities_of` has them; None where the model has no classes.
         pixels: uint8 (3, h, w), the model's input before normalisation.
         attention: The records of the batch that this photo was explained in, and its place there; None where they were
-            not asked for, or the first method sees none in a single pass.
+            not asked for, or the first method does not see all of it in one pass of the photos.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Look:
     explanations: Mapping[str, Explanation]
     probabilities: Tensor | None = field(default=None, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
-    attention: tuple[Sequence[AttentionRecord], int] | None = field(default=None, repr=False)
+    attention: tuple[list[AttentionRecord], int] | None = field(default=None, repr=False)
     kept: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -163,8 +163,8 @@ def _explained(
 ) -> list[Look]:
     """Returns a batch of photos, explained by all methods."""
     first = next(iter(methods))
-    # Other methods run the model many times, or on other images.
-    keep = keep and METHODS.info(first)["needs"] in ("attention", "global attention")
+    # Others form the attention themselves, unseen, or run the model on other images, too.
+    keep = keep and bool(METHODS.info(first).get("sees_once"))
     records: list[AttentionRecord] = []
     with _seen_logits(model, images) as logits:
         if None in targets and len(targets) > 1:
@@ -183,8 +183,8 @@ def _explained(
                     **given,
                 )
             if capture is not None:
-                records = capture.records
-        probabilities = logits.run().softmax(-1)
+                records = list(capture.records)
+        probabilities = probabilities_of(model, logits.run())
     top = probabilities.argmax(-1)
     chosen = top[:, None] if asked is None else asked.view(len(batch), -1)
     asked_probabilities = probabilities.gather(-1, chosen).tolist()
@@ -206,6 +206,15 @@ def _explained(
             )
         )
     return looks
+
+
+def probabilities_of(model: nn.Module, logits: Tensor) -> Tensor:
+    """Returns the probabilities (B, classes) that `predict` tells: of the logits over the model's temperature.
+
+    Softmax; where a photo may have any number of labels, each class's own sigmoid.
+    """
+    logits = logits / float(getattr(model, "temperature", 1.0))
+    return logits.sigmoid() if getattr(model, "multi_label", False) else logits.softmax(-1)
 
 
 def _one(result: Explanation, index: int) -> Explanation:
