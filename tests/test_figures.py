@@ -137,9 +137,12 @@ def test_nothing_is_cut_at_the_edge_of_the_figure():
     figures = [
         methods_figure(rows, [long] * 4, width=COLUMN, title=long),
         heads_figure(PHOTO, [("layers.0.blocks.1.attn", maps(3, 4, 4)), ("pool", maps(1, 4, 4))], width=COLUMN),
-        movement_figure([WatchedPhoto(PHOTO, moments(0.1, 1.0), caption=(long,))], width=COLUMN),
+        *(
+            movement_figure([WatchedPhoto(PHOTO, moments(0.1, 1.0), caption=(long,))], width=width)
+            for width in (COLUMN, 5.0, 5.2, PAGE)
+        ),
         distance_figure(maps(12, 12), maps(12), width=COLUMN),
-        removal(width=COLUMN),
+        *(removal(width=width) for width in (COLUMN, 4.9, 5, PAGE)),
     ]
     for figure in figures:
         figure.draw_without_rendering()

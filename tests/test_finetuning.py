@@ -23,12 +23,12 @@ from vision_attn.training.module import Classifier
 from vision_attn.training.optim import OptimConfig, create_optimizer
 from vision_attn.training.tuning import (
     FinderConfig,
-    draw_learning_rates,
     find_batch_size,
     find_lr,
     smoothed,
     steepest,
 )
+from vision_attn.viz.plots import learning_rates
 
 pytestmark = [
     # Lightning's advice, and what its and torch's versions have to say to each other.
@@ -329,7 +329,7 @@ def test_looking_for_a_learning_rate_leaves_all_as_it_was(tmp_path, options):
     del model.on_before_optimizer_step
     again = find_lr(model, photos, config, trainer={"accelerator": "cpu"})
     assert again == found
-    assert draw_learning_rates(tmp_path / "lr_finder.png", found).is_file()
+    assert learning_rates(tmp_path / "lr_finder.png", found.rates, found.losses, found.best).is_file()
 
 
 def test_the_steepest_fall_is_that_over_the_logarithm():

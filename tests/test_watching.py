@@ -17,6 +17,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import FSDPStrategy
+from scipy.stats import spearmanr
 
 from vision_attn.attribution import METHODS, explain
 from vision_attn.cli import main
@@ -37,6 +38,7 @@ from vision_attn.training.watching import (
     rank_correlation,
     redraw,
     spread,
+    watched_photos,
 )
 
 VIT = {
@@ -293,6 +295,19 @@ def test_each_epoch_has_the_same_photos_and_the_folder_all_that_is_said_of_it(tm
     (watcher.folder / "sheet-rollout.png").unlink()
     files = redraw(watcher.folder, animation=False)
     assert files["rollout"][0].read_bytes() == before
+    # The same photos for a figure: what was said, the maps as they are, and how far each is from the last.
+    photos = watched_photos(watcher.folder, "grad_cam")
+    looks = [Look.load(path / "maps.npz") for path in drawn_epochs(watcher.folder).values()]
+    for number, photo in enumerate(photos):
+        assert [one.probability for one in photo.moments] == [float(look.probability[number]) for look in looks]
+        for one, look in zip(photo.moments, looks, strict=True):
+            np.testing.assert_array_equal(one.map, look.maps["grad_cam"][number])
+        assert photo.moments[0].previous is None and photo.moments[-1].last == pytest.approx(1)
+        expected = spearmanr(looks[0].maps["grad_cam"][number].ravel(), looks[1].maps["grad_cam"][number].ravel())
+        assert photo.moments[0].last == pytest.approx(expected.statistic)
+    assert len(watched_photos(watcher.folder)) == 3
+    with pytest.raises(UsageError, match="expected a known method, got 'raw': choose one of"):
+        watched_photos(watcher.folder, "raw")
 
 
 @pytest.mark.parametrize(

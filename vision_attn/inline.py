@@ -83,11 +83,12 @@ def figure(picture: Picture, lines: Sequence[str], *, size: tuple[int, int] | No
     height, width = size or picture.shape[:2]
     told = "<br>".join(f"<b>{escape(line)}</b>" if number == 0 else escape(line) for number, line in enumerate(lines))
     squares = ";image-rendering:pixelated" if size else ""
-    # The names of classes can be long: they are wrapped, and not cut.
+    style = f"display:block;max-width:none;width:{width}px;height:{height}px{squares}"
+    # Names of classes can be long: they are wrapped, not cut. The size is a style: a notebook's rules undo others.
     return (
         f'<div style="margin:0 10px 8px 0;max-width:{max(width, 110)}px;overflow-wrap:anywhere">'
         f'<img src="{png_uri(picture)}" width="{width}" height="{height}" alt="{escape(", ".join(lines))}" '
-        f'style="display:block;max-width:none{squares}"><div style="{_SMALL}">{told}</div></div>'
+        f'style="{style}"><div style="{_SMALL}">{told}</div></div>'
     )
 
 
@@ -103,7 +104,8 @@ def scale(ends: tuple[str, str], words: str, *, signed: bool = False) -> str:
     strip = colours(signed=signed)[None]
     return (
         f'<div style="{_SMALL};margin-bottom:6px">{escape(ends[0])} <img src="{png_uri(strip)}" width="{width}" '
-        f'height="{height}" alt="colour bar" style="display:inline;vertical-align:middle;margin:0"> '
+        f'height="{height}" alt="colour bar" style="display:inline;vertical-align:middle;margin:0;width:{width}px;'
+        f'height:{height}px"> '
         f"{escape(ends[1])}: {escape(words)}</div>"
     )
 
@@ -135,5 +137,6 @@ def number(value: float) -> str:
 
 def listed(options: Mapping[str, object], *, between: str = " = ", room: int = 600) -> str:
     """Options as text, cut where there are very many."""
-    text = ", ".join(f"{key}{between}{value}" for key, value in options.items())
+    texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in options.items()}
+    text = ", ".join(f"{key}{between}{value}" for key, value in texts.items())
     return text if len(text) <= room else text[: room - 1] + "…"

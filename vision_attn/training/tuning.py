@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 from pytorch_lightning.tuner import Tuner
 from rich.console import Console
 
@@ -19,8 +18,7 @@ from vision_attn.data.datamodule import ImageDataModule
 from vision_attn.errors import UsageError
 from vision_attn.training.module import Classifier
 from vision_attn.training.randomness import random_state_kept
-from vision_attn.viz.files import save_figure
-from vision_attn.viz.plots import TRAIN, VALIDATION
+from vision_attn.viz.plots import learning_rates
 
 # Of the trainer's options, those that a step of training depends on.
 _STEP_OPTIONS = (
@@ -173,23 +171,6 @@ def steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return float(f"{math.exp(x[int(slopes.argmin())]):.3g}")
 
 
-def draw_learning_rates(path: Path, found: LearningRates) -> Path:
-    """Draws the losses over the rates, the one to use marked; returns the picture's path."""
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.plot(found.rates, found.losses, color=TRAIN)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("training loss, smoothed")
-    if found.best is not None:
-        loss = float(np.interp(found.best, found.rates, found.losses))
-        axes.plot([found.best], [loss], "o", color=VALIDATION, label=f"steepest: {found.best:g}")
-        axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return save_figure(figure, path)
-
-
 @contextmanager
 def _searching(trainer: Mapping[str, Any], *, epochs: int) -> Any:
     """Gives a trainer that makes the run's steps and leaves nothing behind: no files, no logs, no validation."""
@@ -250,7 +231,7 @@ def tune(
         say.print(f"batch size {size}: the largest tried that fits")
     if config.lr:
         rates = find_lr(classifier, data, config, trainer=trainer)
-        picture = draw_learning_rates(run_dir / "lr_finder.png", rates)
+        picture = learning_rates(run_dir / "lr_finder.png", rates.rates, rates.losses, rates.best)
         if rates.best is None:
             say.print(f"the loss fell at no learning rate: {classifier.lr:g} stays, see {picture}")
         else:

@@ -44,6 +44,7 @@ from vision_attn.viz.movement import (
     SCALES,
     Moment,
     WatchedPhoto,
+    correlations,
     movement_animation,
     movement_curves,
     movement_sheet,
@@ -467,12 +468,11 @@ def redraw(
         >>> redraw(Path("runs/shapes_vit/attention"), scale="own")  # doctest: +SKIP
     """
     folder = Path(folder)
-    notes, epochs = _read_notes(folder), drawn_epochs(folder)
-    if not epochs:
-        raise UsageError(f"expected at least one epoch in {folder}, got none: train the run first")
+    notes, epochs = _left_in(folder)
     files: dict[str, list[Path]] = {}
     for method, options in notes["methods"].items():
-        photos, last, previous = _movement(folder, notes, epochs, method)
+        photos = _movement(folder, notes, epochs, method)
+        last, previous = correlations(photos)
         end = f"-{method}" if len(notes["methods"]) > 1 else ""
         title = _title(method, options, notes)
         drawing: Any = {"title": title, "scale": scale, "style": style}
@@ -486,23 +486,47 @@ def redraw(
     return files
 
 
-def _movement(
-    folder: Path, notes: Mapping[str, Any], epochs: Mapping[int, Path], method: str
-) -> tuple[list[WatchedPhoto], NDArray[np.float64], NDArray[np.float64]]:
-    """Returns the photos with their maps, and the rank correlations (epochs, photos) with the last and the previous."""
+def watched_photos(folder: str | Path, method: str | None = None) -> list[WatchedPhoto]:
+    """Returns the photos that a run watched, with the map of each epoch, for `viz.figures.movement_figure`.
+
+    Args:
+        folder: `<run_dir>/attention`.
+        method: One of those that the run watched with; the first where left out.
+
+    Raises:
+        UsageError: it is no such folder, no epoch has been drawn yet, the run did not watch with that method, or a
+            file is damaged.
+
+    Example:
+        >>> movement_figure(watched_photos("runs/shapes_vit/attention")).save("movement.svg")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    notes, epochs = _left_in(folder)
+    method = next(iter(notes["methods"])) if method is None else method
+    if method not in notes["methods"]:
+        raise unknown("method", method, list(notes["methods"]))
+    return _movement(folder, notes, epochs, method)
+
+
+def _left_in(folder: Path) -> tuple[dict[str, Any], dict[int, Path]]:
+    """Returns the notes and the folders of the epochs that a run has left."""
+    notes, epochs = _read_notes(folder), drawn_epochs(folder)
+    if not epochs:
+        raise UsageError(f"expected at least one epoch in {folder}, got none: train the run first")
+    return notes, epochs
+
+
+def _movement(folder: Path, notes: Mapping[str, Any], epochs: Mapping[int, Path], method: str) -> list[WatchedPhoto]:
+    """Returns the photos with their maps, each with its rank correlations with the last and the previous."""
     classes, paths = notes["classes"], list(epochs.values())
     by_class = METHODS.info(method)["class_specific"]
     final = Look.load(paths[-1] / "maps.npz").maps[method]
     before: NDArray[np.float32] | None = None
     moments: list[list[Moment]] = [[] for _ in notes["photos"]]
-    last, previous = (np.full((len(paths), len(moments)), np.nan) for _ in range(2))
-    for row, (epoch, path) in enumerate(epochs.items()):
+    for epoch, path in epochs.items():
         look = Look.load(path / "maps.npz")
         maps = look.maps[method]
         for number, photo in enumerate(notes["photos"]):
-            last[row, number] = rank_correlation(maps[number], final[number])
-            if before is not None:
-                previous[row, number] = rank_correlation(maps[number], before[number])
             prediction, target = int(look.prediction[number]), int(look.target[number])
             differs = by_class and target != prediction
             moments[number].append(
@@ -512,13 +536,13 @@ def _movement(
                     prediction=classes[prediction],
                     probability=float(look.probability[number]),
                     right=prediction in photo["labels"],
-                    previous=None if before is None else float(previous[row, number]),
-                    last=float(last[row, number]),
+                    previous=None if before is None else rank_correlation(maps[number], before[number]),
+                    last=rank_correlation(maps[number], final[number]),
                     note=f"{classes[target]} {100 * float(look.target_probability[number]):.0f} %" if differs else "",
                 )
             )
         before = maps
-    watched = [
+    return [
         WatchedPhoto(
             image=read_image(folder / "photos" / f"{photo['file']}.png"),
             moments=moments[number],
@@ -527,7 +551,6 @@ def _movement(
         )
         for number, photo in enumerate(notes["photos"])
     ]
-    return watched, last, previous
 
 
 def _title(method: str, options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from vision_attn.viz.movement import (
     WatchedPhoto,
     answer_of,
     any_signed,
+    correlations,
     draw_movement,
     epochs_of,
     evenly,
@@ -55,6 +56,7 @@ _GAP, _MARGIN = 0.04, 0.03  # inches
 _SMALLEST = 0.15  # inches: of a picture, below which nothing is seen on it
 _LINE = 1.3 * SMALL / 72  # inches: of a line of small letters
 _BAR = 0.08  # inches: the height of a colour bar
+_LEGEND = 5.2  # inches: of a figure in which the two lines of a legend on movement stand side by side
 _GREY = "#444444"
 
 
@@ -93,7 +95,7 @@ def heads_figure(
         layers: name and maps (heads, h, w) of each layer, such as `look.layer_maps` gives; their grids and numbers of
             heads may differ. What all names share is left out.
         geometry: as for `overlay`.
-        width: in inches: `COLUMN`, `PAGE`, or any other.
+        width: in inches: `COLUMN` (3.4), `PAGE` (7), or any other.
         title: a line above.
         strength: as for `overlay`.
 
@@ -149,9 +151,9 @@ def methods_figure(
     """A figure with a row for each photo: the photo, then a column for each method (and class).
 
     Args:
-        rows: the photos, as for `viz.sheets.methods_sheet`; of their captions two lines stand below the photo.
+        rows: the photos, as for `viz.sheets.methods_sheet`; the first two lines of a caption stand below its photo.
         columns: what the maps are, above them.
-        width: in inches: `COLUMN`, `PAGE`, or any other.
+        width: in inches: `COLUMN` (3.4), `PAGE` (7), or any other.
         title: a line above.
         style: as for `overlay`.
         colormap: as for `overlay`.
@@ -202,8 +204,8 @@ def movement_figure(
     """A figure of maps while a network was trained: photos down, epochs across, and how far the maps moved below.
 
     Args:
-        photos: all with the same epochs, as `training.watching` gives them.
-        width: in inches: `COLUMN`, `PAGE`, or any other.
+        photos: all with the same epochs, as `training.watching.watched_photos` gives those of a run.
+        width: in inches: `COLUMN` (3.4), `PAGE` (7), or any other.
         title: a line above.
         scale: as for `viz.movement.movement_sheet`.
         style: as for `overlay`.
@@ -230,12 +232,9 @@ def movement_figure(
             rows[-1].append(_Cell(one.picture, (answer_of(moment),), colour))
     ends = ("-", "+") if drawn[0].scale.signed else ("lowest", "highest")
     bars = [_Bar(drawn[0].colours, ends, scale_notes(scale, drawn))]
-    last, previous = (
-        np.array([[_number(getattr(one, name)) for one in photo.moments] for photo in photos]).T
-        for name in ("last", "previous")
-    )
+    last, previous = correlations(photos)
     strip = _bars_height(bars, width - 2 * _MARGIN)
-    beside = width >= 5
+    beside = width >= _LEGEND
     above = (1 if beside else 2) * 1.25 * _LINE + 0.05  # the legend's
     panel = 1.65 + above if np.isfinite(last).any() or np.isfinite(previous).any() else 0.0
     heads = ["photo", *(f"epoch {epochs[place]}" for place in shown)]
@@ -271,7 +270,7 @@ def removal_figure(
         fractions: of the photo removed (shown), 0 to 1.
         curves: by method, "deletion" and "insertion"; `Evaluation.bands` gives them.
         controls: which of the methods are controls.
-        width: in inches: `COLUMN`, `PAGE`, or any other.
+        width: in inches: `COLUMN` (3.4), `PAGE` (7), or any other.
         title: a line above.
 
     Raises:
@@ -319,7 +318,7 @@ def distance_figure(
         distance: (L, h) in pixels, NaN where a layer has fewer heads or it is not defined.
         even: (L,) that of even attention.
         errors: (L, h) standard errors over photos; drawn as 95 % intervals.
-        width: in inches: `COLUMN`, `PAGE`, or any other.
+        width: in inches: `COLUMN` (3.4), `PAGE` (7), or any other.
         title: a line above.
 
     Raises:
@@ -581,7 +580,3 @@ def _for_paper(axes: Axes) -> None:
         label.set_fontsize(LETTERS)
     axes.spines[:].set_linewidth(0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -272,6 +272,17 @@ def draw_movement(
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def correlations(photos: Sequence[WatchedPhoto]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How far maps were from the last one, and from the one before: (E, photos) each, NaN where it is not known."""
+    last, previous = (
+        np.array(
+            [[np.nan if (value := getattr(one, name)) is None else value for one in photo.moments] for photo in photos]
+        ).T
+        for name in ("last", "previous")
+    )
+    return last, previous
+
+
 def movement_table(path: str | os.PathLike[str], names: Sequence[str], photos: Sequence[WatchedPhoto]) -> Path:
     """The path of a CSV with a row for each photo and epoch: what was said, and how far the map had moved."""
     table = io.StringIO(newline="")

@@ -286,6 +286,32 @@ def learning_curves(
     return save_figure(figure, path)
 
 
+def learning_rates(
+    path: str | os.PathLike[str], rates: Sequence[float], losses: Sequence[float], best: float | None
+) -> Path:
+    """The path of a picture of the losses over the learning rates that were tried, the one to use marked.
+
+    Args:
+        path: of the new file, .png, .svg or .pdf.
+        rates: ascending.
+        losses: after each, smoothed.
+        best: the rate to use; None where the loss fell nowhere.
+    """
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=TRAIN)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss, smoothed")
+    if best is not None:
+        loss = float(np.interp(best, rates, losses))
+        axes.plot([best], [loss], "o", color=VALIDATION, label=f"steepest: {best:g}")
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
 def confusion_matrix(
     path: str | os.PathLike[str],
     matrix: Map | Sequence[Sequence[int]],
