@@ -8,6 +8,7 @@ from typing import Any
 
 from vision_attn.cli.explain import method_option
 from vision_attn.cli.values import add_named_model, device, open_named_model, positive
+from vision_attn.errors import UsageError
 
 
 def add_report(commands: Any) -> None:
@@ -71,6 +72,7 @@ def _report(options: argparse.Namespace) -> int:
     from vision_attn.report import report_photos
 
     given = dict(method_option(text) for text in options.option)
+    found = None if options.run else _run_of(options.model)
     model = open_named_model(options)
     done = report_photos(
         model.to(device(options.device)),
@@ -81,7 +83,7 @@ def _report(options: argparse.Namespace) -> int:
         attention=options.attention,
         explored=options.explored,
         evaluation=options.evaluation,
-        run=options.run or _run_of(options.model),
+        run=options.run or found,
         title=options.title,
         photo_size=options.photo_size,
         batch_size=options.batch_size,
@@ -97,7 +99,16 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _run_of(model: str) -> Path | None:
-    """Returns the run that an artefact or a checkpoint lies in."""
+    """Returns the run that an artefact or a checkpoint lies in; one that cannot be read is left out, and said."""
+    from vision_attn.report.facts import run_facts
+
     path = Path(model)
-    found = [folder for folder in (path.parent, path.parent.parent) if (folder / "config.yaml").is_file()]
-    return found[0] if path.exists() and found else None
+    for folder in (path.parent, path.parent.parent):
+        if path.exists() and (folder / "config.yaml").is_file():
+            try:
+                run_facts(folder)
+            except UsageError as error:
+                print(f"vision-attn: the run beside the model is left out: {error}", file=sys.stderr)
+                return None
+            return folder
+    return None

@@ -1,7 +1,7 @@
 """Attention as a page can hold it: every layer and head, from places to places, on a grid a person can point at."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from vision_attn.attribution.tokens import find_layout, is_known
 from vision_attn.capture import AttentionRecord
 from vision_attn.errors import UsageError
 from vision_attn.layout import KeyPositions, TokenLayout
+from vision_attn.metrics.health import sinks
 from vision_attn.report.packing import COARSE, FINE, Blobs, floats, quantised
 
 MOST_PLACES = 400
@@ -31,8 +32,9 @@ class LayerAttention:
         grid: (h, w) of the keys' cells.
         query_grid: The same of the queries; None where queries are no places (a latent that pools).
         prefix: Names of the tokens before the cells, in keys and queries.
-        kind: "global", "window" (or other attention of positions known from the model), or "latent".
+        kind: "global", "window", "placed" (other attention whose places are known from the model), or "latent".
         together: Places in a cell along a side, about; 1 where each has its own.
+        sinks: Columns that are sinks, or hold one: of the mean of all heads, then of each head; empty where not asked.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LayerAttention:
     prefix: tuple[str, ...] = ()
     kind: str = "global"
     together: float = 1.0
+    sinks: tuple[tuple[int, ...], ...] = ()
 
 
 def attention_of(
@@ -62,19 +65,23 @@ def attention_of(
     if layout is None and is_known(model):
         layout = find_layout(model, images)
     found: list[list[LayerAttention]] = [[] for _ in images]
-    notes: list[str] = []
+    left_out: dict[str, list[str]] = {}  # layers by what is wrong with them
     records = captured(model, images) if records is None else records
     for record in reversed(records) if last else records:
         try:
             layers = _layers(model, images, record, layout)
         except UsageError as error:
-            notes.append(f"{record.name or 'the model'}: {error}")
+            left_out.setdefault(str(error), []).append(record.name or "the model")
             continue
         for mine, layer in zip(found, layers, strict=True):
             mine.append(layer)
         if last:
             break
-    return found, notes
+    return found, [f"{_named(names[::-1] if last else names)}: {why}" for why, names in left_out.items()]
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]} ({len(names)} layers)"
 
 
 def _layers(
@@ -82,22 +89,27 @@ def _layers(
 ) -> list[LayerAttention]:
     """Returns one layer's attention for each image."""
     if record.kind in ("channel", "gate"):
-        raise UsageError("expected attention between places, got attention between channels: it is left out")
+        raise UsageError("it is between channels, which lie nowhere")
     among_tokens = layout is not None and record.positions is None and record.kind in ("self", "cross")
+    one_by_one = _weights(record, len(images))
     if among_tokens and layout is not None and record.merged is not None:
         return [
-            _global(record.name, _unmerged(w, m), layout) for w, m in zip(_weights(record), record.merged, strict=True)
+            _global(record.name, _unmerged(weights[0], merged), layout)
+            for weights, merged in zip(one_by_one, record.merged, strict=True)
         ]
     if among_tokens and layout is not None and record.key_length == layout.num_tokens:
-        return [_global(record.name, weights, layout) for weights in _weights(record)]
+        return [_global(record.name, weights[0], layout) for weights in one_by_one]
     positions = find_positions(model, images, record)
     if not positions.has_places:
-        raise UsageError("expected attention between places, got keys that are none: it is left out")
-    return [_placed(record.name, weights, positions) for weights in _weights(record).unflatten(0, (len(images), -1))]
+        raise UsageError("its keys lie nowhere on the photo")
+    return [_placed(record.name, weights, positions) for weights in one_by_one]
 
 
-def _weights(record: AttentionRecord) -> Tensor:
-    return record.weights.detach().float().cpu()
+def _weights(record: AttentionRecord, images: int) -> Iterator[Tensor]:
+    """Gives the weights (W, h, Q, K) of each image, in W windows; those of large images are never there together."""
+    windows = record.batch_size // images
+    for image in range(images):
+        yield record.rows(images=slice(image * windows, (image + 1) * windows)).detach().float().cpu()
 
 
 def _unmerged(weights: Tensor, merged: Tensor) -> Tensor:
@@ -110,11 +122,20 @@ def _unmerged(weights: Tensor, merged: Tensor) -> Tensor:
 def _global(name: str, weights: Tensor, layout: TokenLayout) -> LayerAttention:
     latent = weights.shape[-2] != layout.num_tokens
     cells = _Cells.of(layout.grid)
+    found = () if latent else _sinks(weights, layout.num_prefix, cells)
     weights = cells.pooled(weights, layout.num_prefix, queries=not latent)
     kind = "latent" if latent else "global"
     return LayerAttention(
-        name, weights, cells.coarse, None if latent else cells.coarse, layout.prefix, kind, cells.together
+        name, weights, cells.coarse, None if latent else cells.coarse, layout.prefix, kind, cells.together, found
     )
+
+
+def _sinks(weights: Tensor, prefix: int, cells: "_Cells") -> tuple[tuple[int, ...], ...]:
+    """Returns the columns of sinks among tokens (h, Q, K), found before tokens are taken together."""
+    received = weights[:, prefix:].mean(1)
+    is_sink = sinks(torch.cat([received.mean(0, keepdim=True), received]))
+    columns = torch.cat([torch.arange(prefix), prefix + cells.nearest()])
+    return tuple(tuple(columns[row].unique().tolist()) for row in is_sink)
 
 
 def _placed(name: str, weights: Tensor, positions: KeyPositions) -> LayerAttention:
@@ -142,7 +163,8 @@ def _placed(name: str, weights: Tensor, positions: KeyPositions) -> LayerAttenti
         shares = queries_on.shares()
         shown = (shares / shares.sum(0)).T @ shown
     asking = None if positions.queries is None else queries_on.coarse
-    return LayerAttention(name, shown, keys_on.coarse, asking, (), "window" if asking else "latent", keys_on.together)
+    kind = "latent" if asking is None else "window" if len(weights) > 1 else "placed"
+    return LayerAttention(name, shown, keys_on.coarse, asking, (), kind, keys_on.together)
 
 
 @dataclass(frozen=True)
@@ -175,6 +197,14 @@ class _Cells:
         rows = torch.arange(self.grid[0]) // (self.grid[0] // self.coarse[0])
         columns = torch.arange(self.grid[1]) // (self.grid[1] // self.coarse[1])
         return (rows[:, None] * self.coarse[1] + columns).flatten(), self.coarse[0] * self.coarse[1]
+
+    def nearest(self) -> Tensor:
+        """Returns the cell that the middle of each place lies in."""
+        rows, columns = (
+            ((torch.arange(length) + 0.5) * count / length).long()
+            for length, count in zip(self.grid, self.coarse, strict=True)
+        )
+        return (rows[:, None] * self.coarse[1] + columns).flatten()
 
     def shares(self) -> Tensor:
         """Returns how much of each place lies in each cell, (places, cells); a place's shares sum to 1."""
@@ -226,7 +256,8 @@ def _packed(layer: LayerAttention, blobs: Blobs, levels: int) -> dict[str, Any]:
         "queryGrid": None if layer.query_grid is None else list(layer.query_grid),
         "prefix": list(layer.prefix),
         "together": layer.together,
-        "steps": blobs.add(steps.numpy().tobytes()),
+        "sinks": [list(columns) for columns in layer.sinks],
+        "steps": blobs.add(steps.numpy().tobytes(), runs=levels == FINE),
         "largest": blobs.add(floats(largest)),
         "toPrefix": blobs.add(floats(layer.weights[..., :first])) if first else None,
     }

@@ -3,9 +3,12 @@
 import base64
 import csv
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vision_attn.errors import UsageError
 from vision_attn.evaluate.photos import installed_versions
@@ -19,11 +22,12 @@ def installed() -> dict[str, str]:
     return installed_versions()
 
 
-def trust_facts(folder: str | Path) -> dict[str, Any]:
+def trust_facts(folder: str | Path, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns verdict, table, curves and the health figure of an evaluation.
 
     Args:
         folder: That `evaluate` wrote.
+        model: What `look.folder.model_settings` says of the report's model; an evaluation of another one is told.
 
     Raises:
         UsageError: there is no finished evaluation.
@@ -67,6 +71,8 @@ def trust_facts(folder: str | Path) -> dict[str, Any]:
             "healthFigure": _picture(folder / "health.png"),
             "versions": found["settings"].get("versions", {}),
             "protocol": found["settings"].get("protocol", {}),
+            "otherModel": model is not None
+            and found["settings"].get("model") not in (None, json.loads(json.dumps(model))),
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -90,10 +96,12 @@ def run_facts(folder: str | Path) -> dict[str, Any]:
         raise UsageError(f"expected a run's folder with its config.yaml, got {folder}: give runs/<name>")
     tested = _newest(folder, "test") or _newest(folder, "val")
     result = _json(tested, "results", "run vision-attn test again") if tested else {}
-    confusion = result.get("confusion")
+    confusion, classes = result.get("confusion"), result.get("classes") or []
+    text = config.read_text(encoding="utf-8", errors="replace")
     return {
         "folder": str(folder),
-        "config": config.read_text(encoding="utf-8", errors="replace"),
+        "config": text,
+        "data": _data(text),
         "fit": _json(folder / "fit.json", "a run", "fit again") if (folder / "fit.json").is_file() else {},
         "curves": _curves(folder / "metrics.csv"),
         "tested": tested.name if tested else None,
@@ -102,8 +110,28 @@ def run_facts(folder: str | Path) -> dict[str, Any]:
             for key, value in result.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         },
-        "confusion": {"classes": result["classes"], "counts": confusion} if confusion and "classes" in result else None,
+        "confusion": {"classes": classes, "counts": confusion} if _is_matrix(confusion, len(classes)) else None,
     }
+
+
+def _is_matrix(counts: Any, classes: int) -> bool:
+    """Whether counts are of classes by classes: of several labels a photo they are four numbers a class."""
+    return (
+        bool(counts)
+        and len(counts) == classes
+        and all(len(row) == classes and all(isinstance(one, int) for one in row) for row in counts)
+    )
+
+
+def _data(config: str) -> str:
+    """Returns what a run was trained on, in words: the source and its options; empty where a config has none."""
+    try:
+        data = (yaml.safe_load(config) or {})["data"]
+        options = {"path": data.get("path"), **(data.get("options") or {})}
+        given = [f"{key} {value}" for key, value in options.items() if value is not None]
+        return ", ".join([str(data["source"]), *given])
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return ""
 
 
 def _newest(folder: Path, split: str) -> Path | None:
@@ -123,15 +151,18 @@ def _curves(path: Path) -> dict[str, list[list[float]]]:
         for row in csv.DictReader(file):
             for name in _CURVES:
                 try:
-                    curves.setdefault(name, []).append([float(row.get("step") or ""), float(row.get(name) or "")])
+                    point = [float(row.get("step") or ""), float(row.get(name) or "")]
                 except ValueError:
                     continue
+                if all(map(math.isfinite, point)):  # a loss that overflowed has no place on a curve
+                    curves.setdefault(name, []).append(point)
     return {name: points for name, points in curves.items() if points}
 
 
 def _json(path: Path, what: str, todo: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # What is no number in a file (NaN, Infinity) is none on the page.
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError as error:
         raise UsageError(f"expected {what} at {path}, got nothing there: {todo}") from error
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +20,7 @@ from vision_attn.errors import AttentionNotFoundError, UsageError
 from vision_attn.files import is_taken, write_whole
 from vision_attn.geometry import Geometry
 from vision_attn.look.asking import check_classes, chosen_methods, find_photos, method_options, takes_option
-from vision_attn.look.folder import progress_bar
+from vision_attn.look.folder import model_settings, progress_bar
 from vision_attn.look.maps import Look, look
 from vision_attn.look.sheets import gate_rows
 from vision_attn.metrics.health import SINK_TIMES
@@ -34,6 +35,7 @@ Attention = Literal["last", "full", "none"]
 
 TOP_CLASSES = 5  # listed with their probabilities
 CLASS_MAPS = 3  # of these, drawn side by side
+_HEAVY = 150_000_000  # bytes of a page that a browser takes seconds to read
 _MOST_GATES = 4096  # channels of a block whose gates are drawn as bars
 
 
@@ -46,7 +48,7 @@ class Reported:
         photos: How many photos it shows.
         damaged: What was wrong, by photo, with those that could not be read.
         seconds: How long it took.
-        notes: What the page has not, and why.
+        notes: What the page has not, and why; and what else has to be known of it.
     """
 
     path: Path
@@ -104,10 +106,10 @@ def report_photos(
     classes = tuple(getattr(model, "classes", None) or ())
     methods = method_options(chosen_methods(method, model), options or {})
     check_classes(methods, classes)
-    trust = trust_facts(evaluation) if evaluation is not None else None
+    trust = trust_facts(evaluation, model_settings(model)) if evaluation is not None else None
     training = run_facts(run) if run is not None else None
     found = find_photos(photos)
-    maker = _Maker(model, methods, classes, photo_size, "none" if attention == "none" else attention)
+    maker = _Maker(model, methods, classes, photo_size, attention, explored=explored)
     damaged: dict[Path, str] = {}
     with progress_bar("reporting", total=len(found), done=0, shown=progress) as step:
         looks = look(
@@ -127,7 +129,12 @@ def report_photos(
             f"expected at least one photo that can be read, got none of {len(found)} (the first: "
             f"{next(iter(damaged.values()))}): nothing was written"
         )
-    maker.explore(explored)
+    maker.explore()
+    if trust is not None and trust["otherModel"]:
+        maker.notes.append(
+            f"the evaluation in {evaluation} is of another model: other weights, classes or preprocessing"
+        )
+    _tell_apart(maker.photos)
     data = {
         "version": 1,
         "title": title or f"{_about_model(model, classes)['name']}: what it looks at",
@@ -135,6 +142,7 @@ def report_photos(
         "command": command,
         "versions": installed(),
         "sinkTimes": SINK_TIMES,
+        "attention": attention,
         "model": _about_model(model, classes),
         "methods": [_about_method(name, maker.settled.get(name, given)) for name, given in methods.items()],
         "colours": {
@@ -148,19 +156,26 @@ def report_photos(
         "run": training,
         "notes": maker.notes,
     }
-    write_whole(out, write_page(data, maker.blobs))
-    return Reported(out, len(maker.photos), damaged, time.perf_counter() - started, tuple(maker.notes))
+    # A name that is no UTF-8 stands in the data as an escape of JSON, which is how a browser reads it.
+    write_whole(out, write_page(data, maker.blobs).encode("utf-8", "backslashreplace"))
+    size = out.stat().st_size
+    heavy = [f"{size / 1e6:.0f} MB open slowly: attention none leaves out most of it"] if size > _HEAVY else []
+    return Reported(out, len(maker.photos), damaged, time.perf_counter() - started, (*maker.notes, *heavy))
 
 
 def _check_place(out: Path) -> None:
     """Raises where the page could not be written, before anything is computed."""
-    if is_taken(out) or out.is_dir():
-        raise UsageError(
-            f"expected a new file, got {out}, which exists: choose another name with --out or move it away"
-        )
-    folder = next((parent for parent in out.absolute().parents if parent.exists()), Path("/"))
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"expected a place that can be written for {out}, got {folder}: choose another with --out")
+    try:
+        if is_taken(out) or out.is_dir():
+            raise UsageError(
+                f"expected a new file, got {out}, which exists: choose another name with --out or move it away"
+            )
+        folder = next((parent for parent in out.absolute().parents if parent.exists()), Path("/"))
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"expected a place that can be written for {out}, got {folder}: choose another with --out")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"expected a place that can be written, got {out} ({reason}): choose another") from error
 
 
 @dataclass
@@ -176,15 +191,16 @@ class _Maker:
     photos: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settled: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    kept: list[tuple[Tensor, Geometry]] = field(default_factory=list)
+    explored: int = 0
+    kept: dict[int, tuple[Tensor, Geometry]] = field(default_factory=dict)  # the inputs of those to be explored, so far
     gateless: bool = False
 
     def enter(self, looks: Sequence[Look]) -> None:
         """Takes a batch of explained photos."""
         for one in looks:
-            self.photos.append(self._photo(one))
             assert one.pixels is not None
-            self.kept.append((one.pixels, one.geometry))
+            self.kept[len(self.photos)] = (one.pixels, one.geometry)
+            self.photos.append(self._photo(one))
             self.settled = {name: found.options for name, found in one.explanations.items()}
         if self.attention != "none":
             pixels = torch.stack([one.pixels for one in looks if one.pixels is not None])
@@ -195,12 +211,15 @@ class _Maker:
                 full=self.attention == "full",
                 records=kept[0] if kept else None,
             )
+            if kept:
+                kept[0].clear()  # the next batch is explained before this one is let go
+        order = sorted(self.kept, key=lambda place: (-_mistake(self.photos[place]), place))
+        self.kept = {place: self.kept[place] for place in order[: self.explored]}
 
-    def explore(self, count: int) -> None:
+    def explore(self) -> None:
         """Adds all layers, the maps of the likeliest classes and the gates to some photos."""
-        order = sorted(range(len(self.photos)), key=lambda place: (-_mistake(self.photos[place]), place))
-        for place in order[:count]:
-            photo, (pixels, geometry) = self.photos[place], self.kept[place]
+        for place, (pixels, geometry) in self.kept.items():
+            photo = self.photos[place]
             images = self._normalized(pixels[None])
             if self.attention == "last":
                 self._attend(images, [photo], full=True)
@@ -218,7 +237,9 @@ class _Maker:
         if one.probabilities is not None:
             values, places = one.probabilities.topk(min(TOP_CLASSES, len(one.probabilities)))
             top = [(place, _short(value)) for place, value in zip(places.tolist(), values.tolist(), strict=True)]
-        truth = self.classes.index(one.path.parent.name) if one.path.parent.name in self.classes else None
+        # Where a photo may have several labels, its folder is no more than one of them.
+        known = one.path.parent.name in self.classes and not getattr(self.model, "multi_label", False)
+        truth = self.classes.index(one.path.parent.name) if known else None
         return {
             "name": one.path.name,
             "file": str(one.path),
@@ -261,7 +282,10 @@ class _Maker:
             return None
         try:
             rows = gate_rows(self.model, images)
-        except (AttentionNotFoundError, UsageError) as error:
+        except AttentionNotFoundError:
+            self.gateless = True
+            return self._note(f"no gates are shown: no block of {type(self.model).__name__} gates a feature map")
+        except UsageError as error:
             self.gateless = True
             return self._note(f"no gates are shown: {error}")
         photo["gates"] = [
@@ -290,19 +314,21 @@ class _Maker:
         if photo["truth"] is not None and photo["truth"] not in wanted:
             wanted.append(photo["truth"])
         given = {key: value for key, value in self.settled[name].items() if takes_option(name, key)}
+        method = list(self.methods).index(name)
+        predicted = photo["maps"][method]  # is there already
         result = explain(
             self.model,
             images,
             method=name,
-            target=[wanted],
+            target=[wanted[1:]],
             layout=self.model.layout,  # type: ignore[arg-type]
             geometry=[geometry],
             **given,
         )
-        method = list(self.methods).index(name)
+        others = zip(wanted[1:], result.maps[0].cpu(), strict=True)
         photo["classMaps"] = [
-            {"method": method, "class": place, **packed_map(values, self.blobs)}
-            for place, values in zip(wanted, result.maps[0].cpu(), strict=True)
+            predicted,
+            *({"method": method, "class": place, **packed_map(values, self.blobs)} for place, values in others),
         ]
 
     def _note(self, text: str) -> None:
@@ -319,6 +345,14 @@ def _batches(looks: Iterator[Look], size: int) -> Iterator[list[Look]]:
             batch = []
     if batch:
         yield batch
+
+
+def _tell_apart(photos: Sequence[dict[str, Any]]) -> None:
+    """Gives photos whose files have the same name that of their folder, too."""
+    counts = Counter(photo["name"] for photo in photos)
+    for photo in photos:
+        if counts[photo["name"]] > 1:
+            photo["name"] = "/".join(Path(photo["file"]).parts[-2:])
 
 
 def _mistake(photo: Mapping[str, Any]) -> float:
@@ -360,6 +394,8 @@ def _about_model(model: nn.Module, classes: Sequence[str]) -> dict[str, Any]:
     return {
         "name": str(name),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "temperature": _short(float(getattr(model, "temperature", 1.0))),
+        "multiLabel": bool(getattr(model, "multi_label", False)),
         "classes": list(classes),
         "input": list(preprocessing.image_size),
     }

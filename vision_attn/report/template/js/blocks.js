@@ -1,7 +1,7 @@
 // What the attention blocks of a network let through: places as overlays, channels as bars.
 
 function startBlocks() {
-  const photos = report.photos.filter((photo) => photo.gates?.length);
+  const photos = photosWithGates();
   if (!photos.length) {
     const why = report.notes.filter((note) => note.startsWith("no gates")).join(" ");
     byId("blocks").replaceChildren(element("p", { className: "note" }, why || "No photo was explored: --explored N keeps the gates of some."));
@@ -9,27 +9,41 @@ function startBlocks() {
   }
   const choice = byId("blocks-photo");
   photos.forEach((photo, index) => choice.append(element("option", { value: String(index) }, photo.name)));
-  choice.addEventListener("change", () => showBlocks(photos[Number(choice.value)]));
-  byId("tab-blocks").addEventListener("click", () => showBlocks(photos[Number(choice.value)]), { once: true });
+  choice.addEventListener("change", showBlocks);
 }
 
-function showBlocks(photo) {
-  byId("blocks-list").replaceChildren(...photo.gates.map((gate) => blockOf(photo, gate)));
+function photosWithGates() {
+  return report.photos.filter((photo) => photo.gates?.length);
 }
 
-function blockOf(photo, gate) {
+function showBlocks() {
+  const photo = photosWithGates()[Number(byId("blocks-photo")?.value)];
+  if (!photo || byId("blocks").hidden) return;
+  const blocks = new Map(); // what one block multiplies with stands together
+  for (const gate of photo.gates) {
+    const name = gate.name.replace(/\.?report\w*(?=$| \()/, "");
+    blocks.set(name, [...(blocks.get(name) ?? []), gate]);
+  }
+  byId("blocks-list").replaceChildren(...[...blocks].map(([name, gates]) => blockOf(photo, name || "the model", gates)));
+}
+
+function blockOf(photo, name, gates) {
+  const gain = gates.find((gate) => gate.gain !== null);
+  const turned = gain?.turned ? `, turned round in ${percent(gain.turned)} of its channels` : "";
+  const words = gain ? [element("p", { className: "note" }, `The network lets ${short(gain.gain)} of this block in${turned}.`)] : [];
+  return element("article", { className: "panel" }, element("h2", {}, name), ...words, element("div", { className: "gates" }, ...gates.map((gate) => gateOf(photo, gate))));
+}
+
+function gateOf(photo, gate) {
   const [width, height] = fitted(photo, 260, 240);
   const canvas = element("canvas", { width, height, role: "img", "aria-label": `${gate.name}: ${gate.what} on ${photo.name}` });
   const scale = element("div", { className: "scale" });
   valuesOf(gate.map).then((map) => {
     drawMap(canvas, photo, map);
-    if (map) showScale(scale, scaleOf(map), `${gate.what}, lowest to highest`);
+    if (!map) scale.textContent = "values that are not numbers: nothing is drawn";
+    else showScale(scale, scaleOf(map), "this map, lowest to highest");
   });
   const beside = element("div");
-  if (gate.gain !== null) {
-    const turned = gate.turned ? `, turned round in ${percent(gate.turned)} of its channels` : "";
-    beside.append(element("p", { className: "note" }, `The network lets ${short(gate.gain)} of this block in${turned}.`));
-  }
   if (gate.channels) {
     gate.channels.forEach((row, path) => beside.append(barsOf(row, gate, path)));
   }
@@ -40,10 +54,11 @@ function blockOf(photo, gate) {
       valuesOf(packed).then((map) => drawMap(picture, photo, map));
       return element("div", {}, picture, `channel ${number}: gate ${short(value)}`);
     });
-    beside.append(element("h3", {}, "Strongest channels"), element("div", { className: "strongest" }, ...cards));
+    beside.append(element("h4", {}, "Strongest channels"), element("div", { className: "strongest" }, ...cards));
   }
   const picture = element("div", {}, canvas, scale);
-  return element("article", { className: "panel" }, element("h2", {}, `${gate.name}: ${gate.what}`), element("div", { className: "blocks-row" }, picture, beside));
+  const row = element("div", { className: "blocks-row" }, picture, ...(beside.childNodes.length ? [beside] : []));
+  return element("section", { className: beside.childNodes.length ? "gate wide" : "gate" }, element("h3", {}, gate.what), row);
 }
 
 function barsOf(row, gate, path) {

@@ -74,11 +74,20 @@ function percent(share) {
   return `${value >= 10 || value === 0 ? Math.round(value) : value.toFixed(1)} %`;
 }
 
-function short(value) {
+function short(value, digits = 3) {
   if (value === null || value === undefined) return "-";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  return size >= 0.001 && size < 10000 ? String(Number(value.toPrecision(3))) : value.toExponential(1);
+  return size >= 0.001 && size < 10000 ? String(Number(value.toPrecision(digits))) : value.toExponential(digits - 2);
+}
+
+/** Returns both ends of a range, with as many digits as tell them apart. */
+function endsOf(low, high) {
+  for (let digits = 3; digits < 7; digits++) {
+    const ends = [short(low, digits), short(high, digits)];
+    if (ends[0] !== ends[1]) return ends;
+  }
+  return [short(low), short(high)];
 }
 
 function prediction(photo) {

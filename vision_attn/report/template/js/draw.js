@@ -34,12 +34,12 @@ function fitted(photo, width, height) {
 
 /**
  * Draws a photo and a map on it.
- * @param map {values, grid, low, high}, or null for the bare photo.
+ * @param given {values, grid, low, high}, or null for the bare photo; or a promise of these.
  * @param options strength 0 to 1, kind of colours, smooth (between cells) or not, scale (the map's own where left out).
  */
-async function drawMap(canvas, photo, map, { strength = 0.6, kind = "heat", smooth = true, scale = null } = {}) {
+async function drawMap(canvas, photo, given, { strength = 0.6, kind = "heat", smooth = true, scale = null } = {}) {
   const turn = (canvas.turn = (canvas.turn ?? 0) + 1);
-  const image = await pictureOf(photo);
+  const [image, map] = await Promise.all([pictureOf(photo), given]);
   if (canvas.turn !== turn) return false; // something newer is drawn
   const { width, height } = canvas;
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -109,12 +109,12 @@ function drawCells(canvas, values, [rows, columns], scale, kind) {
 }
 
 /** Fills a place with a colour bar, both ends, and what the colours mean in words. */
-function showScale(place, scale, words, kind = "heat") {
-  const bar = element("canvas", { width: 256, height: 1, role: "img", "aria-label": `colours from ${short(scale.low)} to ${short(scale.high)}` });
-  const ramp = Array.from({ length: 256 }, (_, i) => i / 255);
-  drawCells(bar, ramp, [1, 256], { low: 0, high: 1, flat: false, signed: scale.signed }, kind);
-  const ends = scale.flat ? [element("span", {}, `constant ${short(scale.low)}`)] : [element("span", {}, short(scale.low)), bar, element("span", {}, short(scale.high))];
-  place.replaceChildren(...ends, element("span", {}, words));
+function showScale(place, scale, words, kind = "heat", ends = endsOf(scale.low, scale.high)) {
+  const [low, high] = ends;
+  const bar = element("canvas", { width: 256, height: 1, role: "img", "aria-label": `colours from ${low} to ${high}` });
+  drawCells(bar, Array.from({ length: 256 }, (_, i) => i / 255), [1, 256], { low: 0, high: 1, flat: false, signed: scale.signed }, kind);
+  const ramp = scale.flat ? [`constant ${short(scale.low)}`] : [low, bar, high];
+  place.replaceChildren(element("span", { className: "ramp" }, ...ramp), element("span", {}, words));
 }
 
 function rangeOf(values, count = values.length) {

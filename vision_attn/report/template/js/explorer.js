@@ -1,6 +1,6 @@
 // One photo: where the answer comes from, and what attends to what, layer by layer, head by head.
 
-const explorer = { photo: null, query: null, pinned: false, layers: [], drawn: null, cells: [] };
+const explorer = { photo: null, query: null, pinned: false, layers: [], cells: [], shown: null };
 
 function startExplorer() {
   const choice = byId("photo");
@@ -73,10 +73,11 @@ const drawMapPanel = counted(async () => {
   const canvas = byId("map-canvas");
   const [width, height] = fitted(photo, 720, 640);
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-  const values = await valuesOf(map);
   const of = method.asksForClass ? ` for ${className(map.class) || "the answer"}` : ", the same for every class";
   canvas.setAttribute("aria-label", `${photo.name}, overlay by ${method.name}${of}`);
-  await drawMap(canvas, photo, gallery.bare ? null : values, { strength: byId("map-strength").value / 100 });
+  const given = valuesOf(map);
+  if (!(await drawMap(canvas, photo, gallery.bare ? null : given, { strength: byId("map-strength").value / 100 }))) return;
+  const values = await given;
   if (values) showScale(byId("map-scale"), scaleOf(values), `${method.name}${of}; this map, lowest to highest`);
   else byId("map-scale").replaceChildren(`${method.name} gave values that are not numbers: nothing is drawn`);
 });
@@ -102,17 +103,19 @@ function fillAnswers(photo) {
 const openAttention = counted(async (photo) => {
   const found = photo.attention;
   byId("attention-controls").hidden = !found;
+  byId("attention-words").hidden = !found;
+  byId("attention-tokens").replaceChildren();
   byId("heads").hidden = !found;
   explorer.layers = [];
-  explorer.rows = null;
+  explorer.shown = null;
   const canvas = byId("attention-canvas");
   const [width, height] = fitted(photo, 720, 640);
   Object.assign(canvas, { width, height });
   if (!found) {
     await drawMap(canvas, photo, null);
     byId("attention-scale").replaceChildren();
-    byId("attention-words").textContent = "";
-    byId("attention-notes").textContent = report.notes.filter((note) => note.startsWith("no attention")).join(" ") || "No attention was kept for this report.";
+    byId("attention-marks").textContent = "";
+    byId("attention-notes").textContent = report.notes.filter((note) => /^(no attention|not shown)/.test(note)).join(" ") || `No attention was kept for this report${report.attention === "none" ? ": --attention none" : ""}.`;
     byId("explored-note").textContent = "";
     return;
   }
@@ -131,7 +134,7 @@ const openAttention = counted(async (photo) => {
   const direction = byId("direction");
   direction.querySelector("[value=rollout]").disabled = !rollout;
   if (!rollout && direction.value === "rollout") direction.value = "to";
-  const tokens = prefixNames(layers[last]);
+  const tokens = prefixNames(layers.reduce((one, other) => (other.prefix.length > one.prefix.length ? other : one)));
   const before = byId("asker").value;
   fill("asker", [...tokens.map((name, index) => [`t${index}`, name]), ["mean", "mean of all patches"], ["patch", "a patch (click one)"]], tokens.length ? "t0" : "mean");
   if ([...byId("asker").options].some((option) => option.value === before)) byId("asker").value = before;
@@ -139,7 +142,6 @@ const openAttention = counted(async (photo) => {
   explorer.pinned = false;
   byId("follow").checked = true;
   byId("explored-note").textContent = found.full ? "" : "of this photo the last layer is kept; --explored N keeps all layers of more photos";
-  byId("attention-notes").textContent = notesOn(layers, found);
   byId("attention-marks").textContent = "";
   buildHeads();
   await drawAttention();
@@ -175,10 +177,11 @@ function prefixNames(layer) {
   });
 }
 
-function notesOn(layers, found) {
-  const words = [`Values are kept in ${found.levels} steps of each row's largest: they are off by at most 1/${2 * found.levels} of it.`];
+/** Returns what has to be known of a layer's picture, or of all layers'. */
+function notesOn(layers, levels) {
+  const words = [`Values are kept in ${levels} steps of each row's largest: they are off by at most 1/${2 * levels} of it.`];
   const together = Math.max(...layers.map((layer) => layer.together));
-  if (together > 1) words.push(`About ${together} x ${together} neighbouring places are one cell: the mean of what they give, the sum of what they take.`);
+  if (together > 1) words.push(`Of this layer's places about ${together} x ${together} neighbours are one cell: the mean of what they give, the sum of what they take.`);
   if (layers.some((layer) => layer.kind === "window")) words.push("Attention in windows is laid on the whole photo: a place attends to its window alone.");
   const missing = report.notes.filter((note) => note.startsWith("not shown"));
   return [...words, ...missing].join(" ");
@@ -267,75 +270,88 @@ function rolledOut() {
   return row;
 }
 
-/** Returns the keys that are sinks for a head of a layer, or for all together, as cells of its grid. */
+/** Returns the keys that are sinks for a head of a layer (all together: -1): prefix tokens, then cells of its grid. */
 function sinksOf(layer, head) {
-  if (layer.kind !== "global") return [];
-  layer.sinks ??= new Map();
-  if (!layer.sinks.has(head)) {
-    const received = new Float32Array(layer.keys);
-    const first = layer.prefix.length;
-    const chosen = head < 0 ? Array.from({ length: layer.heads }, (_, index) => index) : [head];
-    for (const one of chosen) {
-      for (let q = first; q < layer.queries; q++) {
-        const start = (one * layer.queries + q) * layer.keys;
-        for (let k = 0; k < layer.keys; k++) received[k] += layer.weights[start + k] / chosen.length / (layer.queries - first);
-      }
-    }
-    const bound = report.sinkTimes / layer.keys;
-    layer.sinks.set(head, [...received.keys()].filter((k) => received[k] > bound));
-  }
-  return layer.sinks.get(head);
+  return layer.sinks[head + 1] ?? [];
 }
 
 const drawAttention = counted(async () => {
   const { photo, layers } = explorer;
   if (!photo || !layers.length || byId("explorer").hidden) return;
-  const layer = layers[Number(byId("layer").value)];
+  const rollout = byId("direction").value === "rollout";
+  const layer = rollout ? layers.findLast((one) => one.kind === "global") : layers[Number(byId("layer").value)];
   const heads = [[-1, "mean of all"], ...Array.from({ length: layer.heads }, (_, index) => [index, String(index)])];
   const before = byId("head").value;
   if (byId("head").options.length !== heads.length) fill("head", heads, heads.some(([value]) => String(value) === before) ? before : -1);
   const head = Number(byId("head").value);
   const direction = byId("direction").value;
-  const rollout = direction === "rollout";
   byId("layer").disabled = rollout || layers.length < 2;
   byId("head").disabled = rollout;
   const whole = rollout ? rolledOut() : attended(layer, head, direction);
   const grid = direction === "from" ? layer.queryGrid : layer.grid;
+  byId("attention-notes").textContent = notesOn(rollout ? layers : [layer], photo.attention.levels);
   if (!grid) {
+    explorer.shown = null;
+    for (const id of ["attention-tokens", "attention-scale", "attention-marks"]) byId(id).replaceChildren();
     byId("attention-words").textContent = "In this layer a latent asks, which lies nowhere: choose what it attends to.";
+    drawHeads();
+    await drawMap(byId("attention-canvas"), photo, null);
     return;
   }
   const first = direction === "from" && layer.kind === "latent" ? 0 : layer.prefix.length;
   const values = whole.subarray(first);
   const map = { values, grid, ...rangeOf(values) };
   const scale = { low: 0, high: Math.max(map.high, 1e-12), signed: false, flat: false };
-  explorer.shown = { whole, values, grid, first, layer, head, rollout, direction };
+  explorer.shown = { values, grid, layer, direction };
   const canvas = byId("attention-canvas");
-  await drawMap(canvas, photo, map, { strength: 0.75, kind: "attention", smooth: false, scale });
-  drawMarks(canvas, layer, head, grid, rollout);
+  if (!(await drawMap(canvas, photo, gallery.bare ? null : map, { strength: 0.75, kind: "attention", smooth: false, scale }))) return;
+  if (!gallery.bare) drawMarks(canvas, layer, head, direction);
   showScale(byId("attention-scale"), scale, "share of the attention; this view, 0 to its highest", "attention");
-  byId("attention-words").textContent = wordsOn(whole, values, grid, first, layer, direction);
+  byId("attention-words").textContent = wordsOn(values, grid, layer, direction);
+  showTokens(whole, layer, scale, first, rollout ? [] : sinksOf(layer, head));
   drawHeads();
 });
 
-function whoAsks(layer) {
-  const asker = byId("asker").value;
-  if (!layer.queryGrid) return "The latent that pools";
-  if (asker === "mean" || (asker[0] === "t" && Number(asker.slice(1)) >= layer.prefix.length)) return "The mean of all patches";
-  if (asker[0] === "t") return `The ${prefixNames(layer)[Number(asker.slice(1))]}`;
-  const cell = cellAt(explorer.query, layer.queryGrid);
-  return `The patch in row ${Math.floor(cell / layer.queryGrid[1])}, column ${cell % layer.queryGrid[1]}`;
+/** Shows what class and register tokens get, or give: they have no place on the photo. Pressed, one of them asks. */
+function showTokens(whole, layer, scale, first, sinks) {
+  const colours = coloursOf(scale, "attention");
+  const asked = byId("asker").value;
+  const buttons = prefixNames(layer).slice(0, first).map((name, index) => {
+    const step = Math.round(Math.min(whole[index] / scale.high, 1) * 255) * 3;
+    const patch = element("span", { className: sinks.includes(index) ? "swatch sink" : "swatch" });
+    patch.style.background = `rgb(${colours.slice(step, step + 3).join(" ")})`;
+    const button = element("button", { type: "button", "aria-pressed": String(asked === `t${index}`) }, patch, `${name} ${percent(whole[index])}`);
+    button.addEventListener("click", () => {
+      byId("asker").value = `t${index}`;
+      drawAttention().then(() => byId("attention-tokens").children[index]?.focus());
+    });
+    return button;
+  });
+  byId("attention-tokens").replaceChildren(...buttons);
 }
 
-function wordsOn(whole, values, grid, first, layer, direction) {
+/** Returns the grid that the patch lies on which asks, or is asked about. */
+function askedGrid(layer, direction) {
+  return direction === "from" ? layer.grid : layer.queryGrid;
+}
+
+function whoAsks(layer, direction) {
+  const asker = byId("asker").value;
+  const grid = askedGrid(layer, direction);
+  if (!grid) return "The latent that pools";
+  if (asker === "mean" || (asker[0] === "t" && Number(asker.slice(1)) >= layer.prefix.length)) return "The mean of all patches";
+  if (asker[0] === "t") return `The ${prefixNames(layer)[Number(asker.slice(1))]}`;
+  const cell = cellAt(explorer.query, grid);
+  return `The patch in row ${Math.floor(cell / grid[1])}, column ${cell % grid[1]}`;
+}
+
+function wordsOn(values, grid, layer, direction) {
   let most = 0;
   for (let i = 1; i < values.length; i++) if (values[i] > values[most]) most = i;
   const place = `row ${Math.floor(most / grid[1])}, column ${most % grid[1]}`;
-  if (direction === "from") return `${whoAsks(layer)} receives most from the patch in ${place}: ${percent(values[most])} of what that gives.`;
-  const names = first ? prefixNames(layer) : [];
-  const tokens = names.map((name, index) => `${percent(whole[index])} to the ${name}`);
+  if (direction === "from") return `${whoAsks(layer, direction)} receives most from the patch in ${place}: ${percent(values[most])} of what that gives.`;
   const verb = direction === "rollout" ? "draws on all layers: most on" : "attends most to";
-  return `${whoAsks(layer)} ${verb} the patch in ${place} (${percent(values[most])})${tokens.length ? `; ${tokens.join(", ")}` : ""}.`;
+  return `${whoAsks(layer, direction)} ${verb} the patch in ${place} (${percent(values[most])}).`;
 }
 
 /** Returns the point of the photo (0 to 1) that a point of the model's input comes from. */
@@ -348,7 +364,9 @@ function inputPoint([a, b, c, d, e, f], s, t) {
   return { u: a * s + b * t + c, v: d * s + e * t + f };
 }
 
-function drawMarks(canvas, layer, head, grid, rollout) {
+function drawMarks(canvas, layer, head, direction) {
+  const rollout = direction === "rollout";
+  const asked = askedGrid(layer, direction);
   const context = canvas.getContext("2d");
   const box = (cell, [rows, columns], colour, dash) => {
     const row = Math.floor(cell / columns), column = cell % columns;
@@ -366,7 +384,7 @@ function drawMarks(canvas, layer, head, grid, rollout) {
   };
   const sinks = rollout ? [] : sinksOf(layer, head).filter((key) => key >= layer.prefix.length);
   sinks.forEach((key) => box(key - layer.prefix.length, layer.grid, "#ffb000", [3, 3]));
-  if (byId("asker").value === "patch" && layer.queryGrid) box(cellAt(explorer.query, layer.queryGrid), layer.queryGrid, "#ffffff", []);
+  if (byId("asker").value === "patch" && asked) box(cellAt(explorer.query, asked), asked, "#ffffff", []);
   const tokens = rollout ? [] : sinksOf(layer, head).filter((key) => key < layer.prefix.length);
   const words = [];
   const over = `over ${report.sinkTimes} times the even share`;
@@ -387,10 +405,11 @@ function hovered(event) {
   const point = pointOf(event);
   if (!point) return;
   if (!explorer.pinned) return ask(point);
+  if (!explorer.shown) return;
   const { values, grid } = explorer.shown;
   const cell = cellAt(point, grid);
   const place = `row ${Math.floor(cell / grid[1])}, column ${cell % grid[1]}`;
-  byId("attention-words").textContent = `Patch in ${place}: ${short(values[cell])} (${percent(values[cell])}). ${wordsOn(explorer.shown.whole, values, grid, explorer.shown.first, explorer.shown.layer, explorer.shown.direction)}`;
+  byId("attention-words").textContent = `Patch in ${place}: ${short(values[cell])} (${percent(values[cell])}). ${wordsOn(values, grid, explorer.shown.layer, explorer.shown.direction)}`;
 }
 
 function clicked(event) {
@@ -403,12 +422,17 @@ function clicked(event) {
 
 /** Asks for a patch, and draws only where it is another one. */
 function ask(point) {
-  const layer = explorer.layers[Number(byId("layer").value)];
-  const grid = layer.queryGrid ?? layer.grid;
+  const grid = pointedGrid();
   const same = byId("asker").value === "patch" && explorer.query && cellAt(explorer.query, grid) === cellAt(point, grid);
   explorer.query = point;
   byId("asker").value = "patch";
   return same ? undefined : drawAttention();
+}
+
+/** Returns the grid on which the pointer and the keys move. */
+function pointedGrid() {
+  const layer = explorer.layers[Number(byId("layer").value)];
+  return askedGrid(layer, byId("direction").value) ?? layer.grid;
 }
 
 function movedByKey(event) {
@@ -416,8 +440,7 @@ function movedByKey(event) {
   if (!(event.key in steps) || !explorer.layers.length) return;
   event.preventDefault();
   event.stopPropagation();
-  const layer = explorer.layers[Number(byId("layer").value)];
-  const [rows, columns] = layer.queryGrid ?? layer.grid;
+  const [rows, columns] = pointedGrid();
   const [down, right] = steps[event.key];
   const move = (place, count, step) => Math.min(Math.max((Math.floor(place * count) + step + 0.5) / count, 0), 1 - 1e-6);
   explorer.pinned = true;
@@ -430,9 +453,9 @@ function movedByKey(event) {
 function buildHeads() {
   const place = byId("heads-grid");
   const most = Math.max(...explorer.layers.map((layer) => layer.heads));
-  place.style.gridTemplateColumns = `max-content repeat(${most}, max-content)`;
+  place.style.gridTemplateColumns = `max-content repeat(${most}, minmax(48px, 104px))`;
   explorer.cells = [];
-  const parts = [element("span", {}, "layer"), ...Array.from({ length: most }, (_, head) => element("span", {}, `head ${head}`))];
+  const parts = [element("span", {}, "layer"), ...Array.from({ length: most }, (_, head) => element("span", { className: "head" }, `head ${head}`))];
   explorer.layers.forEach((layer, index) => {
     parts.push(element("span", {}, explorer.layers.length > 1 ? String(index) : "last"));
     for (let head = 0; head < most; head++) {
@@ -453,6 +476,8 @@ function buildHeads() {
     }
   });
   place.replaceChildren(...parts);
+  const bar = { low: 0, high: 1, signed: false, flat: false };
+  showScale(byId("heads-scale"), bar, "of the highest in each picture: they show where, and not how much", "attention");
 }
 
 function drawHeads() {
@@ -461,6 +486,7 @@ function drawHeads() {
   for (const { layer, index, head, canvas, cell } of explorer.cells) {
     const grid = direction === "from" ? layer.queryGrid : layer.grid;
     cell.setAttribute("aria-pressed", String(index === chosen[0] && (head === chosen[1] || chosen[1] === -1)));
+    canvas.hidden = !grid; // a latent gives, and nothing attends to it
     if (!grid) continue;
     const first = direction === "from" && layer.kind === "latent" ? 0 : layer.prefix.length;
     const values = attended(layer, head, direction).subarray(first);
@@ -488,10 +514,12 @@ const openClassMaps = counted(async (photo) => {
   byId("class-cards").replaceChildren(...cards, difference);
   // One scale for all: what is brighter is more.
   const values = await Promise.all(maps.map(valuesOf));
+  if (explorer.photo !== photo) return;
   const all = values.filter(Boolean);
-  if (!all.length) return;
+  if (!all.length) return byId("class-scale").replaceChildren("The maps have values that are not numbers: nothing is drawn.");
   const scale = scaleOf({ low: Math.min(...all.map((map) => map.low)), high: Math.max(...all.map((map) => map.high)) });
   cards.forEach((card, index) => drawMap(card.querySelector("canvas"), photo, values[index], { scale }));
+  showScale(byId("class-scale"), scale, "one scale for all classes, lowest to highest; the difference has its own");
   await drawDifference();
 });
 
@@ -506,7 +534,7 @@ const drawDifference = counted(async () => {
   const pair = ["difference-a", "difference-b"].map((id) => photo.classMaps[Number(byId(id).value)]);
   const [one, other] = await Promise.all(pair.map(valuesOf));
   const card = byId("difference-card");
-  if (!one || !other) return;
+  if (!one || !other || explorer.photo !== photo) return;
   const values = one.values.map((value, index) => value - other.values[index]);
   const map = { values, grid: one.grid, ...rangeOf(values) };
   const most = Math.max(Math.abs(map.low), Math.abs(map.high));

@@ -14,12 +14,19 @@ function startGallery() {
   if (!truth) byId("sort").querySelector("[value=mistakes]").remove();
   report.methods.forEach((method, index) => byId("method").append(element("option", { value: String(index) }, method.name)));
   byId("method").disabled = report.methods.length < 2;
-  for (const id of ["filter-class", "filter-right", "sort"]) {
+  for (const id of ["filter-class", "filter-right"]) {
     byId(id).addEventListener("change", () => {
       gallery.cell = null;
       showCards();
     });
   }
+  byId("sort").addEventListener("change", showCards);
+  byId("all-photos").addEventListener("click", () => {
+    for (const id of ["filter-class", "filter-right"]) byId(id).value = "";
+    gallery.cell = null;
+    showCards();
+    byId("filter-class").focus();
+  });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("method").addEventListener("change", () => chooseMethod(Number(byId("method").value)));
   byId("strength").addEventListener("input", () => {
@@ -27,12 +34,16 @@ function startGallery() {
     byId("strength-value").textContent = `${byId("strength").value} %`;
     redrawCards();
   });
+  showGalleryScale();
   showCards();
 }
 
 function chooseMethod(index) {
   gallery.method = index;
   byId("method").value = String(index);
+  if (explorer.photo) byId("map-choice").value = `m${index}`;
+  for (const card of byId("cards").children) tellCard(card);
+  showGalleryScale();
   redrawCards();
 }
 
@@ -77,6 +88,7 @@ function showCards() {
   const wrong = gallery.shown.filter((photo) => isRight(photo) === false).length;
   const known = gallery.shown.some((photo) => photo.truth !== null);
   const cell = gallery.cell ? ` (${className(gallery.cell[0])} taken for ${className(gallery.cell[1])})` : "";
+  byId("all-photos").hidden = gallery.shown.length === total;
   byId("count").textContent = `${gallery.shown.length} of ${total} photos${cell}${known ? `, ${wrong} wrong` : ""}`;
 }
 
@@ -84,26 +96,51 @@ function cardOf(photo) {
   const canvas = element("canvas", { width: 1, height: 1, role: "img" });
   const right = isRight(photo);
   const text = element("div", { className: "text" }, element("div", { className: "name" }, photo.name), element("div", {}, answerText(photo)));
+  if (photo.attention?.full || photo.classMaps) text.append(element("div", { className: "name" }, photo.attention?.full ? "explored: all layers" : "explored: likeliest classes"));
   if (photo.truth !== null) {
     const words = right ? "right" : `wrong: it is ${className(photo.truth)}`;
     text.append(element("div", { className: right ? "right" : "wrong" }, words));
   }
   const card = element("button", { type: "button", className: "card" }, canvas, text);
   card.photo = photo;
-  const truth = photo.truth === null ? "" : right ? ", which is right" : `, but it is ${className(photo.truth)}`;
-  canvas.setAttribute("aria-label", `${photo.name}: predicted ${answerText(photo)}${truth}; overlay by ${report.methods[gallery.method].name}`);
-  card.addEventListener("click", () => openPhoto(photo));
+  text.append(element("div", { className: "name broken", hidden: true }, "no map: its values are not numbers"));
+  tellCard(card);
+  let held = 0; // since when a finger is on it: one that stays looks at the bare photo, one that does not opens it
   card.addEventListener("pointerdown", (event) => {
-    if (event.pointerType === "touch") showBare(true);
+    held = event.pointerType === "touch" ? event.timeStamp : 0;
+    if (held) showBare(true);
+  });
+  card.addEventListener("contextmenu", (event) => held && event.preventDefault());
+  card.addEventListener("click", (event) => {
+    if (!held || event.timeStamp - held < 400) openPhoto(photo);
+    held = 0;
   });
   return card;
+}
+
+/** Says what a card shows: who is on it, and by what method. */
+function tellCard(card) {
+  const { photo } = card;
+  const truth = photo.truth === null ? "" : isRight(photo) ? ", which is right" : `, but it is ${className(photo.truth)}`;
+  const words = `${photo.name}: predicted ${answerText(photo)}${truth}; overlay by ${report.methods[gallery.method].name}`;
+  card.querySelector("canvas").setAttribute("aria-label", words);
+  card.querySelector(".broken").hidden = !photo.maps[gallery.method].broken;
+}
+
+/** The bar of the gallery: each photo has a scale of its own, in one set of colours where no map has both signs. */
+function showGalleryScale() {
+  const maps = report.photos.map((photo) => photo.maps[gallery.method]).filter((map) => !map.broken);
+  const signed = maps.some((map) => map.low < 0 && map.high > 0);
+  const bar = { low: signed ? -1 : 0, high: 1, signed, flat: false };
+  const ends = signed ? ["-", "+"] : ["lowest", "highest"];
+  showScale(byId("gallery-scale"), bar, `of each map by ${report.methods[gallery.method].name}, which has a scale of its own`, "heat", ends);
 }
 
 const drawCard = counted(async (card) => {
   const canvas = card.querySelector("canvas");
   const [width, height] = fitted(card.photo, 300, 240);
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-  const map = gallery.bare ? null : await valuesOf(card.photo.maps[gallery.method]);
+  const map = gallery.bare ? null : valuesOf(card.photo.maps[gallery.method]);
   await drawMap(canvas, card.photo, map, { strength: gallery.strength });
 });
 
@@ -116,6 +153,7 @@ function showBare(bare) {
   gallery.bare = bare;
   redrawCards();
   drawMapPanel();
+  drawAttention();
 }
 
 function moveFocus(step) {

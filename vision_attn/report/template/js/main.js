@@ -9,7 +9,11 @@ function showTab(name) {
     byId(`tab-${one}`).setAttribute("aria-selected", String(chosen));
     byId(`tab-${one}`).tabIndex = chosen ? 0 : -1;
   }
-  if (name === "explorer" && !explorer.photo) openPhoto(firstToExplore(), false);
+  if (name === "explorer") {
+    if (!explorer.photo) openPhoto(firstToExplore(), false);
+    else Promise.all([drawMapPanel(), drawAttention()]); // what was chosen elsewhere meanwhile
+  }
+  if (name === "blocks") showBlocks();
 }
 
 /** Returns the first photo with all layers, else the first. */
@@ -48,12 +52,11 @@ function startKeys() {
     }
     if (typing(event)) return;
     const inGallery = !byId("gallery").hidden, inExplorer = !byId("explorer").hidden;
-    if (event.key === " " && (inGallery || inExplorer) && !event.target.closest("[role=tab], #theme, .heads")) {
+    if (event.key === " " && (inGallery || inExplorer) && !event.target.closest("button:not(.card)")) {
       event.preventDefault();
       showBare(true);
     } else if (event.key.toLowerCase() === "m" && report.methods.length > 1 && (inGallery || inExplorer)) {
       chooseMethod((gallery.method + 1) % report.methods.length);
-      byId("map-choice").value = `m${gallery.method}`;
       drawMapPanel();
     } else if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
       const step = event.key === "ArrowRight" ? 1 : -1;
@@ -66,7 +69,7 @@ function startKeys() {
     if (gallery.bare) event.preventDefault();
     showBare(false);
   });
-  document.addEventListener("pointerup", () => showBare(false));
+  for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => showBare(false));
   window.addEventListener("blur", () => showBare(false));
 }
 
@@ -77,6 +80,7 @@ byId("theme").addEventListener("click", () => {
   const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
   stored(theme);
   setTheme(theme);
+  showBlocks(); // its bars are painted in the theme's colour
 });
 for (const name of TABS) byId(`tab-${name}`).addEventListener("click", () => showTab(name));
 startGallery();

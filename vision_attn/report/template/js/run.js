@@ -7,19 +7,23 @@ function startRun() {
     Model: `${model.name}, ${(model.parameters / 1e6).toFixed(1)} million parameters`,
     Input: `${model.input[1]} x ${model.input[0]} px`,
     Classes: model.classes.length ? `${model.classes.length}: ${model.classes.slice(0, 30).join(", ")}${model.classes.length > 30 ? ", ..." : ""}` : "none",
+    Probabilities: `${model.multiLabel ? "of each class by itself" : "of all classes, 100 % together"}${model.temperature === 1 ? "" : `, calibrated: temperature ${short(model.temperature)}`}`,
     Photos: `${report.photos.length}${report.damaged.length ? `, and ${report.damaged.length} that could not be read` : ""}`,
     Methods: report.methods.map((method) => `${method.name} ${describe(method.options)}`).join("; "),
     Made: report.made,
     Command: report.command || "from Python",
     Versions: Object.entries(report.versions).map(([name, version]) => `${name} ${version}`).join(", "),
   };
-  if (run) Object.assign(facts, { Run: run.folder, ...scoresOf(run) });
+  if (run) Object.assign(facts, { Run: run.folder, ...(run.data ? { "Trained on": run.data } : {}), ...scoresOf(run) });
   place.append(panel("This report", factList(facts)));
   const notes = [...report.notes, ...report.damaged];
   if (notes.length) place.append(panel("What is not shown", element("ul", { className: "verdict" }, ...notes.map((text) => element("li", {}, text)))));
-  const own = countsOf(report.photos);
-  if (own) place.append(panel("Photos of this report, by class", matrixOf(own)));
-  if (run?.confusion) place.append(panel(`Confusion matrix of the run (${run.tested})`, matrixOf({ ...run.confusion, indices: run.confusion.classes.map((name) => model.classes.indexOf(name)) })));
+  const counted = countedPhotos(), own = countsOf(counted);
+  if (own) place.append(panel("Photos of this report, by class", matrixOf(own, "Photos of this report, by class", counted)));
+  if (run?.confusion) {
+    const title = `Confusion matrix of the run (${run.tested})`;
+    place.append(panel(title, matrixOf({ ...run.confusion, indices: run.confusion.classes.map((name) => model.classes.indexOf(name)) }, title, counted)));
+  }
   if (run && Object.keys(run.curves).length) {
     const groups = [["loss", /loss/], ["accuracy", /top1|f1/]];
     const charts = groups
@@ -56,21 +60,48 @@ function factList(facts) {
   return element("dl", { className: "facts" }, ...Object.entries(facts).flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
 }
 
+const MOST_CLASSES = 40; // of a matrix: more would be read by nobody, and built for seconds
+
+/** Returns how many of this report's photos are of one class and were taken for another. */
+function countedPhotos() {
+  const counts = new Map();
+  for (const photo of report.photos) {
+    if (photo.truth === null || !photo.top.length) continue;
+    const key = `${photo.truth} ${prediction(photo)}`;
+    counts.set(key, (counts.get(key) ?? 0) + 1);
+  }
+  return counts;
+}
+
 /** Returns how often each class was taken for each, on this report's photos; null where no truth is known. */
-function countsOf(photos) {
-  const known = photos.filter((photo) => photo.truth !== null && photo.top.length);
-  if (!known.length) return null;
-  const indices = [...new Set(known.flatMap((photo) => [photo.truth, prediction(photo)]))].sort((one, other) => one - other);
-  const counts = indices.map((truth) => indices.map((taken) => known.filter((photo) => photo.truth === truth && prediction(photo) === taken).length));
+function countsOf(counted) {
+  if (!counted.size) return null;
+  const indices = [...new Set([...counted.keys()].flatMap((key) => key.split(" ").map(Number)))].sort((one, other) => one - other);
+  const place = new Map(indices.map((index, at) => [index, at]));
+  const counts = indices.map(() => new Array(indices.length).fill(0));
+  for (const [key, count] of counted) {
+    const [truth, taken] = key.split(" ").map((index) => place.get(Number(index)));
+    counts[truth][taken] = count;
+  }
   return { classes: indices.map(className), indices, counts };
 }
 
-function matrixOf({ classes, indices, counts }) {
-  const most = Math.max(...counts.flat(), 1);
-  const head = element("tr", {}, element("th", {}, "true \\ predicted"), ...classes.map((name) => element("th", { scope: "col", title: name }, name)));
-  const rows = counts.map((row, i) => {
-    const cells = row.map((count, j) => {
-      const here = report.photos.filter((photo) => photo.truth === indices[i] && prediction(photo) === indices[j]).length;
+/** Returns the classes of a matrix that are shown: all, or those that take part in most confusions. */
+function shownClasses(counts) {
+  const all = counts.map((_, index) => index);
+  if (all.length <= MOST_CLASSES) return all;
+  const mistakes = all.map((i) => all.reduce((sum, j) => sum + (i === j ? 0 : counts[i][j] + counts[j][i]), 0));
+  return all.sort((one, other) => mistakes[other] - mistakes[one]).slice(0, MOST_CLASSES).sort((one, other) => one - other);
+}
+
+function matrixOf({ classes, indices, counts }, title, counted) {
+  const shown = shownClasses(counts);
+  const most = counts.reduce((high, row) => row.reduce((one, other) => Math.max(one, other), high), 1);
+  const head = element("tr", {}, element("th", {}, "true \\ predicted"), ...shown.map((j) => element("th", { scope: "col", title: classes[j] }, classes[j])));
+  const rows = shown.map((i) => {
+    const cells = shown.map((j) => {
+      const count = counts[i][j];
+      const here = counted.get(`${indices[i]} ${indices[j]}`) ?? 0;
       const words = `${classes[i]} taken for ${classes[j]}: ${count}; ${here} of them in this report`;
       const cell = element("button", { type: "button", title: words, "aria-label": words, disabled: !here }, String(count));
       const share = Math.sqrt(count / most) * 70;
@@ -81,7 +112,9 @@ function matrixOf({ classes, indices, counts }) {
     return element("tr", {}, element("th", { scope: "row", title: classes[i] }, classes[i]), ...cells);
   });
   const table = element("table", { className: "confusion" }, element("thead", {}, head), element("tbody", {}, ...rows));
-  return element("div", { className: "scroller", tabIndex: 0, role: "region", "aria-label": "Confusion matrix" }, table);
+  const whole = element("div", { className: "scroller", tabIndex: 0, role: "region", "aria-label": title }, table);
+  if (shown.length === classes.length) return whole;
+  return element("div", {}, element("p", { className: "note" }, `Of ${classes.length} classes the ${shown.length} that take part in most confusions.`), whole);
 }
 
 /** Shows the photos of one cell in the gallery. */
