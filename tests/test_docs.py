@@ -48,6 +48,7 @@ KINDS = ("python", "console", "yaml", "bash", "")  # "" is what is printed, and 
 PARSED = {
     "make": "sets up an environment; its target has to be in the Makefile",
     "pip": "the tests install nothing; the extra has to be in setup.cfg",
+    "jupyter": "a server, which does not end; its folder has to be there: tests/test_examples.py",
     "torchrun": "several processes: tests/test_distributed.py",
     "vision-attn fit": "minutes to days: tests/test_configs.py trains every recipe for a step",
     "vision-attn export runs/mine --push": "writes to the hub: tests/test_hub.py",
@@ -131,7 +132,8 @@ def prepared(tmp_path_factory):
         data = "--data.path photos --data.test_share 0.15 --data.image_size 64 --data.crop_pct 1.0 --data.num_workers 0"
         trainer = "--trainer.max_epochs 1 --trainer.accelerator cpu --evaluation.mistakes 0"
         network = "--model.name va_vit_micro_stem8_64 --model.options '{depth: 4}' --data.batch_size 8"
-        assert main(shlex.split(f"fit {network} {data} {trainer} --run_dir runs/mine")) == 0
+        watch = "--watch.photos 2 --watch.animation false"
+        assert main(shlex.split(f"fit {network} {data} {trainer} {watch} --run_dir runs/mine")) == 0
         written = Path("runs/mine/config.yaml").read_text(encoding="utf-8")
         for name in ("a", "b", "probe", "shapes", "shortcut", "clothing_vits14", "clothing_effnetlite0", "x"):
             shutil.copytree("runs/mine", f"runs/{name}")
@@ -276,6 +278,8 @@ def read_command(command: str) -> None:
         assert words[0] == "install"
         for extra in re.findall(r"\[(.*)\]", words[1]):
             assert set(extra.split(",")) <= set(setup["options.extras_require"])
+    elif program == "jupyter":
+        assert words[0] == "lab" and list((ROOT / words[1]).glob("*.ipynb"))
     elif program == "torchrun":
         given = get_args_parser().parse_args(words)
         assert given.module and given.training_script == "vision_attn.cli"
