@@ -508,3 +508,16 @@ def test_the_gallery_says_what_its_colours_are(opened):
     page.select_option("#method", "1")
     assert "by raw" in page.inner_text("#gallery-scale")
     assert page.locator(".card canvas").first.get_attribute("aria-label").endswith("overlay by raw")
+
+
+def test_a_photo_without_class_maps_is_opened_after_one_with_them(opened_run):
+    page = opened_run.page
+    page.locator(".card", has_text="explored: all layers").click()
+    opened_run.pixels("#map-canvas")
+    page.select_option("#map-choice", "c1")
+    opened_run.pixels("#map-canvas")
+    page.keyboard.press("Escape")
+    page.locator(".card:not(:has-text('explored'))").first.click()
+    opened_run.pixels("#map-canvas")
+    opened_run.pixels("#attention-canvas")
+    assert page.input_value("#map-choice") == "m0" and page.is_hidden("#class-maps")

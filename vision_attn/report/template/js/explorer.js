@@ -36,7 +36,8 @@ function stepPhoto(step) {
 /** Shows a photo in the explorer; and the explorer, unless told otherwise. */
 const openPhoto = counted(async (photo, show = true) => {
   explorer.photo = photo;
-  if (show) showTab("explorer");
+  explorer.layers = []; // of the photo before
+  if (show) showTab("explorer", false);
   byId("photo").value = String(report.photos.indexOf(photo));
   const among = gallery.shown.includes(photo) ? gallery.shown : report.photos;
   byId("previous").disabled = among.indexOf(photo) === 0;

@@ -2,16 +2,17 @@
 
 const TABS = ["gallery", "explorer", "blocks", "trust", "run"];
 
-function showTab(name) {
+/** Shows a part of the page, with what was chosen elsewhere meanwhile, unless whoever asks draws that. */
+function showTab(name, redraw = true) {
   for (const one of TABS) {
     const chosen = one === name;
     byId(one).hidden = !chosen;
     byId(`tab-${one}`).setAttribute("aria-selected", String(chosen));
     byId(`tab-${one}`).tabIndex = chosen ? 0 : -1;
   }
-  if (name === "explorer") {
+  if (name === "explorer" && redraw) {
     if (!explorer.photo) openPhoto(firstToExplore(), false);
-    else Promise.all([drawMapPanel(), drawAttention()]); // what was chosen elsewhere meanwhile
+    else Promise.all([drawMapPanel(), drawAttention()]);
   }
   if (name === "blocks") showBlocks();
 }
