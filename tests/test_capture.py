@@ -5,6 +5,7 @@ import gc
 import importlib
 import threading
 import warnings
+import weakref
 
 import pytest
 import timm
@@ -935,6 +936,25 @@ def test_gradient_checkpointing_runs_again_without_being_recorded_again(reentran
         else:
             logits[:, 1].sum().backward()
     assert len(capture.records) == 3
+
+
+@pytest.mark.parametrize("keep", ["weights", "queries_keys", lambda record: record.weights.mean(1)])
+def test_what_was_captured_goes_with_its_capture(keep):
+    """Not when the garbage collector comes by: the attention of a batch is hundreds of megabytes."""
+    model, images = unfused(tiny_vit()), noise(1, 3, 32, 32)
+    gc.collect()
+    gc.disable()
+    try:
+        with AttentionCapture(model, keep=keep) as capture:
+            model(images)
+        with capture, torch.no_grad():  # once more: what was taken apart is put together again
+            model(images)
+        assert len(capture.records) == len(model.blocks)
+        left = weakref.ref(capture)
+        del capture
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_does_not_grow_over_200_calls():

@@ -133,7 +133,7 @@ class AttentionCapture:
         # Tensors that came from a softmax and that values may yet be multiplied with.
         self._traces = WeakTensorKeyDictionary()
         self._gates = WeakTensorKeyDictionary()
-        self._mode = _CallMode(self._handlers())
+        self._mode = _CallMode()
         self._cleanup = ExitStack()
 
     @property
@@ -177,6 +177,9 @@ class AttentionCapture:
                 if not _is_torch_leaf(module):
                     stack.callback(module.register_forward_pre_hook(self._enter_module, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
+            self._mode.handlers.update(self._handlers())
+            # They are methods of this object, which has the mode: a cycle would keep all records until it is collected.
+            stack.callback(self._mode.handlers.clear)
             stack.enter_context(self._mode)
             stack.callback(self._traces.clear)
             stack.callback(self._gates.clear)
@@ -594,9 +597,9 @@ class AttentionCapture:
 class _CallMode(TorchFunctionMode):
     """Hands the torch functions in `handlers` to them; all others run as they are."""
 
-    def __init__(self, handlers: dict[Callable[..., Any], Callable[..., Any]]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.handlers = handlers
+        self.handlers: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
