@@ -262,9 +262,10 @@ def test_no_memory_grows_over_200_calls():
         objects = gc.get_objects()
         return sum(issubclass(type(one), torch.Tensor) for one in objects), len(objects)
 
+    calls(1)  # what the tests before have left goes, too, some of it only now
     tensors, objects = calls(3)
     after = calls(35)
-    assert after[0] == tensors
+    assert after[0] <= tensors
     assert after[1] < objects + 100  # not one for each call
 
 
